@@ -1,0 +1,85 @@
+"""What the tests share: the small pipeline and photographs, and ways to run the training script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the Hub
+
+import make_small_sdxl  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+
+import train_dti_sdxl  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """Folder with `sdxl`, a small random pipeline, and `photos`, five pictures of one subject."""
+    folder = tmp_path_factory.mktemp("small")
+    make_small_sdxl.make_pipeline(folder / "sdxl")
+    make_small_sdxl.make_photographs(folder / "photos")
+    return folder
+
+
+@pytest.fixture
+def options(small, tmp_path):
+    """Builds the script's command line: the small job, with options replaced (or, by None, left out) and added."""
+
+    def build(*flags: str, **changes) -> list[str]:
+        values = {
+            "pretrained_model_name_or_path": small / "sdxl",
+            "instance_data_dir": small / "photos",
+            "placeholder_token": "<my-pot>",
+            "initializer_token": "teapot",
+            "output_dir": tmp_path / "out",
+            "resolution": 64,
+            "max_train_steps": 4,
+            "train_batch_size": 2,
+            "seed": 0,
+            "report_to": "none",
+        } | changes
+        return [*flags, *(str(part) for k, v in values.items() if v is not None for part in (f"--{k}", v))]
+
+    return build
+
+
+@pytest.fixture
+def train(options):
+    """Runs the script's main in this process and returns the output folder."""
+
+    def run(*flags: str, **changes) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = options(*flags, **changes)
+        train_dti_sdxl.main(argv)
+        return Path(argv[argv.index("--output_dir") + 1])
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def launch(options):
+    """Runs the script as a user does, by `accelerate launch` (or another launcher), and returns the finished process."""
+
+    def run(
+        *flags: str, launcher: str = "accelerate.commands.launch --quiet", **changes
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", *launcher.split(), str(ROOT / "train_dti_sdxl.py"), *options(*flags, **changes)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            timeout=600,
+        )
+
+    return run
