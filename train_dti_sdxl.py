@@ -77,7 +77,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 check_min_version("0.35.0")
@@ -164,7 +164,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument_group("model and sampling").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a Stable Diffusion XL pipeline in diffusers' format.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
@@ -174,6 +174,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="Recompute activations of the UNet and the text encoders in the backward pass: less memory, slower.")
     add("--compile", action="store_true", help="Compile the UNet's repeated blocks with torch.compile.")
     add("--pooling", choices=["stock", "eos"], default="stock", help="Where the second encoder's pooled output is read in training: as a stock pipeline does (at the new word), or at the end token.")
+    add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
+    add("--validation_guidance_scale", type=number(float, 0), default=5.0, help="Guidance scale of the validation images.")
 
 
 def add_loop_options(parser: argparse.ArgumentParser) -> None:
@@ -190,8 +192,6 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add("--validation_prompt", action="append", default=[], help="Prompt with {} or the new word, sampled during training. May be given several times.")
     add("--validation_steps", type=number(int, 1), default=100, help="Steps between validations; there is always one at the end.")
     add("--num_validation_images", type=number(int, 1), default=4, help="Images of each validation prompt.")
-    add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
-    add("--validation_guidance_scale", type=number(float, 0), default=5.0, help="Guidance scale of the validation images.")
     add("--logging_steps", type=number(int, 1), default=10, help="Steps between log entries. Only then are values read from the device.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, within --output_dir.")
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="Tracker that gets the curves and the validation images.")
@@ -241,8 +241,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--init contextual needs --initializer_token.")
     if args.init_embedding is not None and args.init == "contextual":
         raise UserError("--init contextual and --init_embedding both say where to start: leave one out.")
-    if args.resolution % 8:
-        raise UserError(f"--resolution {args.resolution} is not a multiple of 8: try {args.resolution // 8 * 8}.")
+    if args.resolution % RESOLUTION_STEP:
+        fits = max(args.resolution // RESOLUTION_STEP, 1) * RESOLUTION_STEP
+        raise UserError(f"--resolution {args.resolution} is not a multiple of {RESOLUTION_STEP}: try {fits}.")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise UserError(
             "--hub_token would be logged by --report_to wandb: log in with `hf auth login` and leave it out."
@@ -410,6 +411,8 @@ class ExtendedEmbedding(torch.nn.Module):
         is_new = input_ids >= token.first_id
         known = self.vocabulary(input_ids.masked_fill(is_new, 0))
         new = F.embedding((input_ids - token.first_id).clamp(min=0), token.embedding().to(known.dtype))
+        if hasattr(self.vocabulary, "embed_scale"):  # Gemma-2's sqrt(d) is the vocabulary's business in transformers 5
+            new = new * self.vocabulary.embed_scale.to(new.dtype)
         return torch.where(is_new.unsqueeze(-1), new, known)
 
 
@@ -456,13 +459,9 @@ def add_placeholder(tokenizer, placeholder: str, num_vectors: int) -> int:
     # What the pipeline makes of a prompt must hold exactly these tokens. Capitals can prevent it, by tokenizer version.
     prompt = to_pipeline_prompt(f"a {placeholder} here", tokenizer)
     if [token_id for token_id in tokenizer(prompt).input_ids if token_id >= ids[0]] != ids:
-        raise UserError(f"{option} is not found again in a prompt by the pipeline: write {placeholder.lower()!r}.")
+        reason = "is not found again in a prompt as the pipeline tokenizes it"
+        raise UserError(f"{option} {reason}: write {placeholder.lower()!r}, in lower case.")
     return ids[0]
-
-
-def to_pipeline_prompt(prompt: str, tokenizer) -> str:
-    """The prompt as the pipeline tokenizes it: the new word followed by the names of its further vectors."""
-    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
 
 
 def vocabulary_magnitude(vocabulary: torch.Tensor, rule: str | float) -> float | None:
@@ -712,19 +711,16 @@ def draw_view(size: tuple[int, int], args: argparse.Namespace, rng: np.random.Ge
     return View(flip, int(rng.integers(spare_height + 1)), int(rng.integers(spare_width + 1)))
 
 
-def render_view(image: Image.Image, view: View, resolution: int) -> dict[str, torch.Tensor]:
-    """Cut the view out of an RGB image: `pixel_values` (3, R, R) in [-1, 1], and SDXL's `time_ids` (6,) that tell of it."""
-    width, height = image.size
-    scale = min(image.size) / resolution
-    # Resizing only the box costs the same for any shape of picture: a panorama is never enlarged as a whole.
-    left, top = min(view.left * scale, width - min(image.size)), min(view.top * scale, height - min(image.size))
+def render_view(image: Image.Image, view: View, resolution: int) -> torch.Tensor:
+    """Cut the view out of an RGB image. Returns pixels (3, R, R) in [-1, 1]."""
+    side = min(image.size)
+    scale = side / resolution
+    left, top = min(view.left * scale, image.width - side), min(view.top * scale, image.height - side)
     image = ImageOps.mirror(image) if view.flip else image
-    box = (left, top, left + min(image.size), top + min(image.size))
+    # Resizing only the box costs the same for any shape of picture: a panorama is never enlarged as a whole.
+    box = (left, top, left + side, top + side)
     image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
-    # original size, crop's corner, target size: height before width
-    time_ids = torch.tensor([height, width, view.top, view.left, resolution, resolution], dtype=torch.float32)
-    return {"pixel_values": pixels, "time_ids": time_ids}
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
 class TrainingExamples(torch.utils.data.Dataset):
@@ -745,7 +741,9 @@ class TrainingExamples(torch.utils.data.Dataset):
         if self.cache is not None:
             return {"prompt": prompt, **self.cache[index][rng.integers(len(self.cache[index]))]}
         image = open_image(self.photographs[index]["image"])
-        return {"prompt": prompt, **render_view(image, draw_view(image.size, self.args, rng), self.args.resolution)}
+        view = draw_view(image.size, self.args, rng)
+        pixels = render_view(image, view, self.args.resolution)
+        return {"prompt": prompt, "pixel_values": pixels, **size_conditioning(image.size, view, self.args.resolution)}
 
 
 def batches(examples: TrainingExamples, accelerator: Accelerator, args: argparse.Namespace) -> Iterator[dict]:
@@ -767,10 +765,14 @@ def step_generator(seed: int, device: torch.device, *counters: int) -> torch.Gen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Stable Diffusion XL: loading, encoding, and the loss
+# 5. Stable Diffusion XL: loading, encoding, the loss, and using the result
 # ----------------------------------------------------------------------------------------------------------------------
 
 PIPELINE_CLASS = "StableDiffusionXLPipeline"
+OTHER_SCRIPTS = {"SanaPipeline": "train_dti_sana.py"}
+NOISE_SCHEDULER = DDPMScheduler
+PREDICTIONS = (None, "epsilon", "v_prediction")
+RESOLUTION_STEP = 8  # pixels a latent position
 ENCODERS = ("text_encoder", "text_encoder_2")
 EMBEDDING_FILES = ("learned_embeds", "learned_embeds_2")  # diffusers' names, in the order of ENCODERS
 WEB_KEYS = ("clip_l", "clip_g")  # the keys of both encoders in the one file of AUTOMATIC1111, ComfyUI and others
@@ -794,25 +796,28 @@ def hub_options(args: argparse.Namespace) -> dict:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Read the pipeline's index and the scheduler's configuration, and refuse what is not SDXL. Raises UserError."""
+    """Read the pipeline's index and the scheduler's configuration, and refuse another kind of model. Raises UserError."""
     name = args.pretrained_model_name_or_path
     option = f"--pretrained_model_name_or_path {name}"
     if Path(name).is_file():
         raise UserError(
             f"{option} is a file: convert it to a folder, with"
-            " StableDiffusionXLPipeline.from_single_file(...).save_pretrained(...)."
+            f" {PIPELINE_CLASS}.from_single_file(...).save_pretrained(...)."
         )
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
     try:
         pipeline_class = DiffusionPipeline.load_config(name, **hub_options(args)).get("_class_name")
-        prediction = DDPMScheduler.load_config(name, subfolder="scheduler", **hub_options(args)).get("prediction_type")
+        prediction = NOISE_SCHEDULER.load_config(name, subfolder="scheduler", **hub_options(args)).get(
+            "prediction_type"
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{option} cannot be read: {str(error).strip().splitlines()[0]}") from None
     if pipeline_class != PIPELINE_CLASS:
-        raise UserError(f"{option} is a {pipeline_class}; this script trains a {PIPELINE_CLASS}.")
-    if prediction not in (None, "epsilon", "v_prediction"):
-        raise UserError(f"{option} predicts {prediction!r}; this script knows epsilon and v_prediction.")
+        remedy = f": use {OTHER_SCRIPTS[pipeline_class]}" if pipeline_class in OTHER_SCRIPTS else ""
+        raise UserError(f"{option} is a {pipeline_class}; this script trains a {PIPELINE_CLASS}{remedy}.")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"{option} predicts {prediction!r}; this script knows {', '.join(filter(None, PREDICTIONS))}.")
 
 
 def load_tokenizers(args: argparse.Namespace) -> list[CLIPTokenizer]:
@@ -828,13 +833,10 @@ def load_tokenizers(args: argparse.Namespace) -> list[CLIPTokenizer]:
 
 def text_widths(args: argparse.Namespace) -> list[int]:
     """Embedding width of each text encoder, from its configuration alone."""
+    path = args.pretrained_model_name_or_path
     with missing_parts_as_user_errors(args):
-        return [
-            CLIPTextConfig.from_pretrained(
-                args.pretrained_model_name_or_path, subfolder=folder, **hub_options(args)
-            ).hidden_size
-            for folder in ENCODERS
-        ]
+        configs = [AutoConfig.from_pretrained(path, subfolder=folder, **hub_options(args)) for folder in ENCODERS]
+    return [config.hidden_size for config in configs]
 
 
 @contextlib.contextmanager
@@ -849,25 +851,25 @@ def missing_parts_as_user_errors(args: argparse.Namespace):
 
 
 def load_text_encoder(cls: type, path: str, subfolder: str, **options):
-    """Load a text encoder in float32, so that m* and mu are of the vocabulary as shipped."""
+    """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
     encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
-    if info["missing_keys"]:  # transformers would go on with random weights; its major versions name them differently
+    if info["missing_keys"]:  # transformers' major versions name some weights differently
         raise ValueError(
             f"{subfolder} lacks the weights {sorted(info['missing_keys'])[0]} ... (another version's file?)"
         )
-    return encoder.float()
+    return encoder
 
 
 def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device, dtype: torch.dtype) -> Models:
-    """Load everything frozen: the VAE in float32 on the CPU, the rest on the device, the encoders still in float32."""
+    """Load everything frozen: the VAE on the CPU, the rest on the device, the encoders still in float32."""
     path, options = args.pretrained_model_name_or_path, {"variant": args.variant, **hub_options(args)}
     with missing_parts_as_user_errors(args):
-        scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **hub_options(args))
+        scheduler = NOISE_SCHEDULER.from_pretrained(path, subfolder="scheduler", **hub_options(args))
         # SDXL's VAE overflows in fp16.
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **options)
         unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype, **options)
         text_encoders = [
-            load_text_encoder(cls, path, subfolder=folder, **options)
+            load_text_encoder(cls, path, subfolder=folder, torch_dtype=torch.float32, **options)
             for cls, folder in zip((CLIPTextModel, CLIPTextModelWithProjection), ENCODERS, strict=True)
         ]
     for model in (vae, unet, *text_encoders):
@@ -881,6 +883,8 @@ def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device
             encoder.train()  # transformers checkpoints in training mode only; CLIP has no dropout
     if args.compile:
         unet.compile_repeated_blocks(fullgraph=True)
+    if args.pooling == "eos":
+        text_encoders[1].text_model.eos_token_id = tokenizers[1].eos_token_id
     return Models(tokenizers, text_encoders, unet, vae, scheduler, tokens=[])
 
 
@@ -893,37 +897,38 @@ def read_warm_start(path: Path, widths: list[int]) -> list[torch.Tensor]:
         if set(state) == set(WEB_KEYS):
             rows = [state[key] for key in WEB_KEYS]
         elif len(state) == 1:
-            partner = path.with_name(path.name.replace(*EMBEDDING_FILES, 1))
-            rows = [*state.values(), *load_file(partner).values()]
+            others = [path.name.replace(EMBEDDING_FILES[0], name, 1) for name in EMBEDDING_FILES[1:]]
+            rows = [x for file in (path, *map(path.with_name, others)) for x in load_file(file).values()]
         else:
-            raise UserError(f"{option} has the keys {', '.join(state)}: it needs clip_l and clip_g, or exactly one.")
+            wanted = " and ".join(WEB_KEYS)
+            raise UserError(f"{option} has the keys {', '.join(state)}: it needs {wanted}, or exactly one.")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{option} cannot be read as safetensors: {error}") from None
     rows = [torch.atleast_2d(row) for row in rows]
     found = [row.shape[-1] for row in rows]
     if found != widths:
         raise UserError(f"{option} has vectors of width {found}, but the model's text encoders need {widths}.")
-    if len({len(row) for row in rows}) != 1 or not all(
-        row.isfinite().all() and row.norm(dim=-1).all() for row in rows
-    ):
-        raise UserError(f"{option}: both encoders need the same number of vectors, all finite and none zero.")
+    usable = all(row.isfinite().all() and row.norm(dim=-1).all() for row in rows)
+    if not usable or len(set(map(len, rows))) != 1:
+        raise UserError(f"{option}: every encoder needs the same number of vectors, all finite and none zero.")
     return rows
 
 
-def end_token_pooling(models: Models) -> contextlib.AbstractContextManager:
-    """Within it the second encoder pools at the end token, whatever other tokens a prompt holds."""
-    return pool_at(models.text_encoders[1], models.tokenizers[1].eos_token_id)
-
-
 @contextlib.contextmanager
-def pool_at(text_encoder, token_id: int):
+def end_token_pooling(models: Models):
+    """Within it the second encoder pools at the end token, whatever other tokens a prompt holds."""
     # SDXL ships with eos_token_id 2, with which transformers pools at the highest id: that is where the new word stands.
-    stock = text_encoder.text_model.eos_token_id
-    text_encoder.text_model.eos_token_id = token_id
+    text_model = models.text_encoders[1].text_model
+    stock, text_model.eos_token_id = text_model.eos_token_id, models.tokenizers[1].eos_token_id
     try:
         yield
     finally:
-        text_encoder.text_model.eos_token_id = stock
+        text_model.eos_token_id = stock
+
+
+def to_pipeline_prompt(prompt: str, tokenizer) -> str:
+    """The prompt as the pipeline tokenizes it: the new word followed by the names of its further vectors."""
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
 
 
 def encode_prompts(models: Models, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -944,27 +949,37 @@ def encode_prompts(models: Models, prompts: list[str]) -> tuple[torch.Tensor, to
     return embeds[index], pooled[index]
 
 
+def size_conditioning(size: tuple[int, int], view: View, resolution: int) -> dict[str, torch.Tensor]:
+    """SDXL's `time_ids` (6,): original size, the crop's corner, and target size, each height before width."""
+    width, height = size
+    time_ids = torch.tensor([height, width, view.top, view.left, resolution, resolution], dtype=torch.float32)
+    return {"time_ids": time_ids}
+
+
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Mean and deviation (B, 4, R/8, R/8) of the scaled latents of images (B, 3, R, R) in [-1, 1], in float32."""
+    """Mean and deviation (B, 4, R/8, R/8) of the scaled latents of images (B, 3, R, R) in [-1, 1], in float32.
+
+    The posterior is kept rather than a sample of it, so that every step draws a fresh one also from cached latents.
+    """
     posterior = vae.encode(pixel_values.to(vae.device)).latent_dist
     return {"mean": posterior.mean * vae.config.scaling_factor, "std": posterior.std * vae.config.scaling_factor}
 
 
 def cache_latents(models: Models, photographs, args, seed: int, device: torch.device) -> list[list[dict]]:
-    """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each.
-
-    The posterior is kept rather than a sample of it, so that every step still draws a fresh one.
-    """
+    """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each."""
     models.vae.to(device)
     cache = []
     for index, record in enumerate(tqdm(photographs["image"], desc="Encoding photographs", leave=False)):
         rng = np.random.default_rng([seed, 3, index])
         image = open_image(record)
         views = dict.fromkeys(draw_view(image.size, args, rng) for _ in range(args.crops_per_image))
-        examples = [render_view(image, view, args.resolution) for view in views]
-        latents = [encode_images(models.vae, example.pop("pixel_values")[None]) for example in examples]
-        cache.append([{**e, **{k: x[0].cpu() for k, x in z.items()}} for e, z in zip(examples, latents, strict=True)])
+        examples = []
+        for view in views:
+            latents = encode_images(models.vae, render_view(image, view, args.resolution)[None])
+            sizes = size_conditioning(image.size, view, args.resolution)
+            examples.append({**{name: x[0].cpu() for name, x in latents.items()}, **sizes})
+        cache.append(examples)
     models.vae.to("cpu")
     free_memory()
     return cache
@@ -989,8 +1004,57 @@ def diffusion_loss(models: Models, batch: dict, generator: torch.Generator) -> t
     return F.mse_loss(prediction.float(), noise)
 
 
+@torch.no_grad()
+def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[Image.Image]:
+    """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only."""
+    scheduler = DDIMScheduler.from_config(models.noise_scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    parts = dict(
+        zip(("tokenizer", "tokenizer_2", *ENCODERS), (*models.tokenizers, *models.text_encoders), strict=True)
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=models.vae, unet=models.unet, scheduler=scheduler, **parts, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    device = models.unet.device
+    images = []
+    for index in range(args.num_validation_images):
+        # Decoded here and not in the pipeline: the VAE is in float32 whatever the UNet is in.
+        with end_token_pooling(models):
+            latents = pipeline(
+                prompt=prompt,
+                height=args.resolution,
+                width=args.resolution,
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=args.validation_guidance_scale,
+                generator=torch.Generator(device).manual_seed(seed + index),
+                output_type="latent",
+            ).images
+        pixels = models.vae.decode(latents.float() / models.vae.config.scaling_factor).sample
+        images += pipeline.image_processor.postprocess(pixels)
+    return images
+
+
+def loading_snippet(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
+    """Python lines that load the result into a stock pipeline and draw a picture; they run as they stand."""
+    model, folder = json.dumps(args.pretrained_model_name_or_path), json.dumps(str(args.output_dir))
+    prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
+    return f"""
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipe = StableDiffusionXLPipeline.from_pretrained({model}, torch_dtype={dtype}).to("{device.type}")
+pipe.load_textual_inversion({folder})
+pipe.load_textual_inversion(
+    {folder}, weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+)
+# Without this line the pooled text embedding is read at the new word, and what the prompt says after it is lost to it.
+pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+pipe({prompt}).images[0].save("picture.png")
+"""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Saving: files that diffusers and the web tools load, and the lines that load them
+# 6. Saving: files that diffusers and the web tools load
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1044,57 +1108,9 @@ def save_options(args: argparse.Namespace, derived: dict) -> None:
     (args.output_dir / "training_options.json").write_text(text + "\n", encoding="utf-8")
 
 
-def loading_snippet(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
-    """Python lines that load the result into a stock pipeline and draw a picture; they run as they stand."""
-    model, folder = json.dumps(args.pretrained_model_name_or_path), json.dumps(str(args.output_dir))
-    prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
-    return f"""
-import torch
-from diffusers import StableDiffusionXLPipeline
-
-pipe = StableDiffusionXLPipeline.from_pretrained({model}, torch_dtype={dtype}).to("{device.type}")
-pipe.load_textual_inversion({folder})
-pipe.load_textual_inversion(
-    {folder}, weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
-)
-# Without this line the pooled text embedding is read at the new word, and what the prompt says after it is lost to it.
-pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
-pipe({prompt}).images[0].save("picture.png")
-"""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Validation and logging
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[Image.Image]:
-    """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only."""
-    scheduler = DDIMScheduler.from_config(models.noise_scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    parts = dict(
-        zip(("tokenizer", "tokenizer_2", *ENCODERS), (*models.tokenizers, *models.text_encoders), strict=True)
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=models.vae, unet=models.unet, scheduler=scheduler, **parts, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    device = models.unet.device
-    images = []
-    for index in range(args.num_validation_images):
-        # Decoded here and not in the pipeline: the VAE is in float32 whatever the UNet is in.
-        latents = pipeline(
-            prompt=prompt,
-            height=args.resolution,
-            width=args.resolution,
-            num_inference_steps=args.validation_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-            generator=torch.Generator(device).manual_seed(seed + index),
-            output_type="latent",
-        ).images
-        pixels = models.vae.decode(latents.float() / models.vae.config.scaling_factor).sample
-        images += pipeline.image_processor.postprocess(pixels)
-    return images
 
 
 def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator, seed: int, step: int) -> None:
@@ -1102,8 +1118,7 @@ def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator,
     vae_device = models.vae.device
     models.vae.to(accelerator.device)
     prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
-    with end_token_pooling(models):
-        rows = [generate_images(models, prompt, args, seed) for prompt in prompts]
+    rows = [generate_images(models, prompt, args, seed) for prompt in prompts]
     models.vae.to(vae_device)
     free_memory()
 
@@ -1285,8 +1300,6 @@ def main(argv: list[str] | None = None) -> None:
     ):
         models.tokens.append(make_token(encoder, tokenizer, first_id, num_vectors, rows, args))
         encoder.to(dtype)
-    if args.pooling == "eos":
-        models.text_encoders[1].text_model.eos_token_id = tokenizers[1].eos_token_id
 
     # Data.
     cache = cache_latents(models, photographs, args, seed, device) if args.cache_latents else None

@@ -99,7 +99,7 @@ CASES = [
     ({"pretrained_model_name_or_path": "@none"}, "--pretrained_model_name_or_path .*none"),
     ({"pretrained_model_name_or_path": "@file"}, "is a file: convert it"),
     ({"pretrained_model_name_or_path": "@nothing_in_it"}, "has no model_index.json"),
-    ({"pretrained_model_name_or_path": "@sana"}, "is a SanaPipeline; this script trains a StableDiffusionXLPipeline"),
+    ({"pretrained_model_name_or_path": "@sana"}, "is a SanaPipeline; .* use train_dti_sana.py"),
     ({"pretrained_model_name_or_path": "@inpaint"}, "is a StableDiffusionXLInpaintPipeline"),
     ({"pretrained_model_name_or_path": "@predicts_sample"}, "predicts 'sample'"),
     ({"pretrained_model_name_or_path": "@no_encoder"}, "is not complete"),

@@ -234,21 +234,20 @@ def test_pooling_at_the_highest_id_is_blind_to_the_rest_of_the_prompt(train, sma
 
 def test_training_pools_as_told_and_validation_at_the_end_token(train, small, monkeypatch):
     pooled_at = {"training": set(), "validation": set()}
-    encode, generate = script.encode_prompts, script.generate_images
 
-    def watched_encode(models, prompts):
-        pooled_at["training"].add(models.text_encoders[1].text_model.eos_token_id)
-        return encode(models, prompts)
+    def watch(place, name, owner, encoder):
+        original = getattr(owner, name)
 
-    def watched_generate(models, *args):
-        pooled_at["validation"].add(models.text_encoders[1].text_model.eos_token_id)
-        return generate(models, *args)
+        def watched(first, *args, **kwargs):
+            pooled_at[place].add(encoder(first).text_model.eos_token_id)
+            return original(first, *args, **kwargs)
 
-    monkeypatch.setattr(script, "encode_prompts", watched_encode)
-    monkeypatch.setattr(script, "generate_images", watched_generate)
+        monkeypatch.setattr(owner, name, watched)
+
+    watch("training", "encode_prompts", script, lambda models: models.text_encoders[1])
+    watch("validation", "encode_prompt", StableDiffusionXLPipeline, lambda pipeline: pipeline.text_encoder_2)
     end = stock_pipeline(small).tokenizer_2.eos_token_id
-    validation = {"validation_prompt": "a {}", "validation_steps": 2, "num_validation_images": 1}
-    stock = embeddings(train(**validation))
+    stock = embeddings(train(validation_prompt="a {}", validation_steps=2, num_validation_images=1))
     assert pooled_at == {"training": {2}, "validation": {end}}
     pooled_at["training"].clear()
     eos = embeddings(train(pooling="eos"))
@@ -309,7 +308,7 @@ def test_the_cache_keeps_the_posterior_and_the_vae_leaves(small, options):
     view = cache[0][0]
     top, left = (int(n) for n in view["time_ids"][2:4])
     image = script.open_image(photographs[0]["image"])
-    pixels = script.render_view(image, script.View(False, top, left), 64)["pixel_values"]
+    pixels = script.render_view(image, script.View(False, top, left), 64)
     with torch.no_grad():
         posterior = models.vae.encode(pixels[None]).latent_dist
     torch.testing.assert_close(view["mean"], posterior.mean[0] * 0.13025)
