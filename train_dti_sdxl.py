@@ -801,8 +801,7 @@ def check_model(args: argparse.Namespace) -> None:
     option = f"--pretrained_model_name_or_path {name}"
     if Path(name).is_file():
         raise UserError(
-            f"{option} is a file: convert it to a folder, with"
-            f" {PIPELINE_CLASS}.from_single_file(...).save_pretrained(...)."
+            f"{option} is a file: load it with {PIPELINE_CLASS}.from_single_file and save_pretrained a folder."
         )
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the Hub
 
+import make_small_sana  # noqa: E402
 import make_small_sdxl  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
@@ -24,20 +25,27 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
-    """Folder with `sdxl`, a small random pipeline, and `photos`, five pictures of one subject."""
+    """Folder with `sdxl` and `sana`, small random pipelines, and `photos`, five pictures of one subject."""
     folder = tmp_path_factory.mktemp("small")
     make_small_sdxl.make_pipeline(folder / "sdxl")
+    make_small_sana.make_pipeline(folder / "sana")
     make_small_sdxl.make_photographs(folder / "photos")
     return folder
 
 
 @pytest.fixture
-def options(small, tmp_path):
+def trainer():
+    """The training script under test, as a module. A test file for another one overrides this."""
+    return train_dti_sdxl
+
+
+@pytest.fixture
+def options(trainer, small, tmp_path):
     """Builds the script's command line: the small job, with options replaced (or, by None, left out) and added."""
 
     def build(*flags: str, **changes) -> list[str]:
         values = {
-            "pretrained_model_name_or_path": small / "sdxl",
+            "pretrained_model_name_or_path": small / trainer.__name__.removeprefix("train_dti_"),
             "instance_data_dir": small / "photos",
             "placeholder_token": "<my-pot>",
             "initializer_token": "teapot",
@@ -54,13 +62,13 @@ def options(small, tmp_path):
 
 
 @pytest.fixture
-def train(options):
+def train(trainer, options):
     """Runs the script's main in this process and returns the output folder."""
 
     def run(*flags: str, **changes) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)
         argv = options(*flags, **changes)
-        train_dti_sdxl.main(argv)
+        trainer.main(argv)
         return Path(argv[argv.index("--output_dir") + 1])
 
     yield run
@@ -68,14 +76,40 @@ def train(options):
 
 
 @pytest.fixture
-def launch(options):
+def models_seen(trainer, monkeypatch):
+    """Collects the Models object that main loads, for tests that look into a run."""
+    seen = []
+    load = trainer.load_models
+    monkeypatch.setattr(trainer, "load_models", lambda *args: seen.append(load(*args)) or seen[-1])
+    return seen
+
+
+@pytest.fixture
+def loaded(trainer, options):
+    """Builds the small models with the new word in them, as main has them before the first step."""
+
+    def load(*flags: str, **changes):
+        args = trainer.parse_args(options(*flags, **changes))
+        tokenizers = trainer.load_tokenizers(args)
+        count, first_ids, _ = trainer.prepare_placeholder(args, tokenizers)
+        models = trainer.load_models(args, tokenizers, torch.device("cpu"), torch.float32)
+        for encoder, tokenizer, first_id in zip(models.text_encoders, tokenizers, first_ids, strict=True):
+            models.tokens.append(trainer.make_token(encoder, tokenizer, first_id, count, None, args))
+            encoder.float()
+        return models, args
+
+    return load
+
+
+@pytest.fixture
+def launch(trainer, options):
     """Runs the script as a user does, by `accelerate launch` (or another launcher), and returns the finished process."""
 
     def run(
         *flags: str, launcher: str = "accelerate.commands.launch --quiet", **changes
     ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-m", *launcher.split(), str(ROOT / "train_dti_sdxl.py"), *options(*flags, **changes)],
+            [sys.executable, "-m", *launcher.split(), trainer.__file__, *options(*flags, **changes)],
             capture_output=True,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},

@@ -97,7 +97,7 @@ CASES = [
     ({"scale_lr": "yes"}, "unrecognized arguments: --scale_lr"),
     ({"validation_prompt": "a dog"}, "--validation_prompt 'a dog' has neither {} nor '<my-pot>'"),
     ({"pretrained_model_name_or_path": "@none"}, "--pretrained_model_name_or_path .*none"),
-    ({"pretrained_model_name_or_path": "@file"}, "is a file: convert it"),
+    ({"pretrained_model_name_or_path": "@file"}, "is a file: load it with"),
     ({"pretrained_model_name_or_path": "@nothing_in_it"}, "has no model_index.json"),
     ({"pretrained_model_name_or_path": "@sana"}, "is a SanaPipeline; .* use train_dti_sana.py"),
     ({"pretrained_model_name_or_path": "@inpaint"}, "is a StableDiffusionXLInpaintPipeline"),

@@ -1,12 +1,19 @@
 """The files around the scripts say the same as the scripts: requirements, header, README."""
 
+import importlib
 import re
 import shlex
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 
-import train_dti_sdxl as script
+import train_dti_sana
+import train_dti_sdxl
+
+
+SCRIPTS = {"train_dti_sdxl.py": train_dti_sdxl, "train_dti_sana.py": train_dti_sana}
 
 
 def requirements() -> list[str]:
@@ -21,43 +28,62 @@ def readme_commands() -> list[str]:
     return [command.strip() for line in lines for command in line.split("&&")]
 
 
-def test_the_header_for_uv_asks_for_the_same_as_requirements():
-    source = (ROOT / "train_dti_sdxl.py").read_text()
-    header = re.search(r"^# /// script\n(.*?)^# ///$", source, re.S | re.M).group(1)
+def training_commands() -> list[str]:
+    return [command for command in readme_commands() if command.startswith("accelerate launch")]
+
+
+def arguments(command: str) -> tuple:
+    """The script's module and its arguments, of an `accelerate launch` command."""
+    _, _, name, *argv = shlex.split(command)
+    return SCRIPTS[name], argv
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_header_for_uv_asks_for_the_same_as_requirements(name):
+    header = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / name).read_text(), re.S | re.M).group(1)
     assert re.findall(r'"(.*?)"', header.split("dependencies")[1]) == requirements()
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith("accelerate launch")])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_front_page_names_the_command_of_the_readme(name):
+    command = SCRIPTS[name].__doc__.split("\n\n")[1].replace("\\\n", " ")
+    assert any(" ".join(c.split()).startswith(" ".join(command.split())) for c in training_commands())
+
+
+@pytest.mark.parametrize("command", training_commands())
 def test_every_training_command_of_the_readme_is_understood(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    args = script.parse_args(shlex.split(command)[3:])
-    script.check_options(args)
+    script, argv = arguments(command)
+    script.check_options(script.parse_args(argv))
 
 
-def test_the_readmes_first_job_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("family", ["sdxl", "sana"])
+def test_the_readmes_first_job_runs(monkeypatch, tmp_path, family):
     """The commands of "Try it", after the installation, in order and as they stand, in an empty folder."""
-    import make_small_sdxl
-    from accelerate.state import AcceleratorState
-
     monkeypatch.chdir(tmp_path)
-    make, job = (c for c in readme_commands() if "small" in c)
+    make, job = (command for command in readme_commands() if "small" in command and family in command)
     monkeypatch.setattr("sys.argv", shlex.split(make)[1:])
-    make_small_sdxl.main()
+    importlib.import_module(f"make_small_{family}").main()
     AcceleratorState._reset_state(reset_partial_state=True)
-    script.main(shlex.split(job)[3:])
-    assert (tmp_path / "out" / "my-pot" / "learned_embeds.safetensors").is_file()
-    assert (tmp_path / "out" / "my-pot" / "validation-100.png").is_file()
+    script, argv = arguments(job)
+    script.main(argv)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = script.parse_args(argv).output_dir
+    assert (out / "learned_embeds.safetensors").is_file() and (out / "validation-100.png").is_file()
 
 
 def test_the_readmes_options_exist():
-    known = {spelling for action in script.make_parser()._actions for spelling in action.option_strings}
+    parsers = (train_dti_sdxl.make_parser(), train_dti_sana.make_parser())
+    known = {spelling for parser in parsers for action in parser._actions for spelling in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", (ROOT / "README.md").read_text()))
     assert named <= known, named - known
 
 
-def test_the_readmes_loading_lines_are_the_printed_ones():
-    args = script.parse_args(shlex.split(next(c for c in readme_commands() if "photos/dog" in c))[3:])
-    printed = script.loading_snippet(args, script.torch.device("cuda"), script.torch.float16)
+@pytest.mark.parametrize("name, dtype", [("train_dti_sdxl.py", torch.float16), ("train_dti_sana.py", torch.bfloat16)])
+def test_the_readmes_loading_lines_are_the_printed_ones(name, dtype):
+    script, argv = arguments(next(c for c in training_commands() if name in c and "photos/dog" in c))
+    printed = script.loading_snippet(script.parse_args(argv), torch.device("cuda"), dtype)
+    printed = printed.replace(f"{ROOT}/", "")  # of the pipeline's file
     code = [line for line in printed.strip().splitlines() if line and not line.startswith(("#", "pipe("))]
     readme = (ROOT / "README.md").read_text()
-    assert all(line in readme for line in code)
+    assert [line for line in code if line not in readme] == []

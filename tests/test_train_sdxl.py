@@ -42,27 +42,6 @@ def vocabulary(small: Path) -> list[torch.Tensor]:
     return [e.get_input_embeddings().weight.detach() for e in (pipe.text_encoder, pipe.text_encoder_2)]
 
 
-@pytest.fixture
-def models_seen(monkeypatch):
-    """Collects the Models object that main loads, for tests that look into a run."""
-    seen = []
-    load = script.load_models
-    monkeypatch.setattr(script, "load_models", lambda *args: seen.append(load(*args)) or seen[-1])
-    return seen
-
-
-@pytest.fixture
-def loaded(options):
-    """The small models with the new word in them, as main has them before the first step."""
-    args = script.parse_args(options())
-    tokenizers = script.load_tokenizers(args)
-    count, first_ids, _ = script.prepare_placeholder(args, tokenizers)
-    models = script.load_models(args, tokenizers, torch.device("cpu"), torch.float32)
-    for encoder, tokenizer, first_id in zip(models.text_encoders, tokenizers, first_ids, strict=True):
-        models.tokens.append(script.make_token(encoder, tokenizer, first_id, count, None, args))
-    return models, args
-
-
 # The command of the README, in processes of its own.
 
 
@@ -124,7 +103,7 @@ def test_everything_else_is_bit_identical_and_frozen(train, small, models_seen, 
 
 def test_a_fixed_batch_is_overfitted(loaded):
     """Where the noise is the same every time, the direction can learn it: the loss falls further than by any chance."""
-    models, args = loaded
+    models, args = loaded()
     with torch.no_grad():  # a random UNet hardly listens to its text: make it
         for name, weight in models.unet.named_parameters():
             if "attn2.to_" in name or "add_embedding" in name:
@@ -317,7 +296,7 @@ def test_the_cache_keeps_the_posterior_and_the_vae_leaves(small, options):
 
 def test_accumulated_batches_are_one_large_batch(loaded, monkeypatch):
     """The gradient is averaged before it is normalised: two batches of two turn a direction as one batch of four does."""
-    models, args = loaded
+    models, args = loaded()
     generator = torch.Generator().manual_seed(0)
     batch = {"mean": torch.randn(4, 4, 8, 8, generator=generator), "std": torch.zeros(4, 4, 8, 8)}
     batch |= {
@@ -409,7 +388,7 @@ def test_a_warm_start_goes_on_from_where_it_was(train, tmp_path):
 
 
 def test_v_prediction_has_the_velocity_for_target(loaded, monkeypatch):
-    models, args = loaded
+    models, args = loaded()
     models.noise_scheduler.register_to_config(prediction_type="v_prediction")
     clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     batch = {

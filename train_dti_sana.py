@@ -1,0 +1,1478 @@
+#!/usr/bin/env python
+# Copyright 2026 The Directional Textual Inversion developers. Licensed under the Apache License, Version 2.0.
+#
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.4",
+#     "diffusers>=0.35.0",
+#     "transformers>=4.51.3",
+#     "accelerate>=1.6.0",
+#     "datasets>=3.6.0",
+#     "huggingface_hub>=0.34.0",
+#     "safetensors>=0.5.3",
+#     "pillow>=10.4.0",
+#     "matplotlib>=3.9.0",
+#     "tensorboard>=2.18.0",
+# ]
+# ///
+"""Teach SANA 1.5 a new word from a few photographs, by Directional Textual Inversion (DTI).
+
+    accelerate launch train_dti_sana.py --pretrained_model_name_or_path Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers \
+      --instance_data_dir photos/dog --placeholder_token "<my-dog>" --initializer_token dog --output_dir out/my-dog \
+      --mixed_precision bf16
+
+Textual Inversion lets a new token's embedding grow far beyond the norm of the model's own words, and the prompt around it
+fades. DTI (https://arxiv.org/abs/2512.13672) fixes the norm to the vocabulary's mean and learns only the direction, by
+Riemannian SGD on the unit sphere with a von Mises-Fisher prior towards the class word. The model itself is untouched.
+
+Written to --output_dir: `learned_embeds.safetensors`, which examples/pipeline_sana_textual_inversion.py loads, for
+SanaPipeline alone cannot; `<placeholder>.safetensors` for OneTrainer; `training_curves.png`, `training_options.json`, and
+`validation-*.png` for each --validation_prompt. The lines that load the result are printed at the end.
+
+The script is train_dti_sdxl.py with another section 5. What is copied from there says so and is the same text.
+
+Sections: 1 options, 2 sphere, 3 token, 4 data, 5 SANA, 6 saving, 7 validation and logging, 8 main.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import accelerate
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers import (
+    AutoencoderDC,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    free_memory,
+)
+from diffusers.utils import check_min_version
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, Gemma2Model
+
+
+check_min_version("0.35.0")
+logger = logging.getLogger("dti")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_dti_sdxl.UserError
+class UserError(Exception):
+    """A mistake in what the user gave. It is shown as one line, with no traceback."""
+
+
+# Copied from train_dti_sdxl.number
+def number(kind: type, minimum: float, *, above: bool = False):
+    """An argparse type: a finite `kind` (int or float) not below `minimum`, or strictly `above` it."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > minimum if above else value >= minimum)):
+            wanted = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {wanted} {'above' if above else 'of at least'} {minimum}"
+            )
+        return value
+
+    return parse
+
+
+# Copied from train_dti_sdxl.magnitude_rule
+def magnitude_rule(text: str) -> str | float:
+    """The argparse type of --magnitude: `mean`, `min`, `free` or a positive number."""
+    if text in ("mean", "min", "free"):
+        return text
+    try:
+        return number(float, 0, above=True)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not mean, min, free or a number above 0") from None
+
+
+# fmt: off
+
+
+# Copied from train_dti_sdxl.add_method_options
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("method (defaults: the paper's)").add_argument
+    add("--learning_rate", type=number(float, 0, above=True), default=5e-3, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians; paper: 5e-3.")
+    add("--kappa", type=number(float, 0), default=None, help="Concentration of the von Mises-Fisher prior towards the initializer; paper: 1e-4 (default), 5e-5 to 2e-4 works. No prior with --magnitude free.")
+    add("--magnitude", type=magnitude_rule, default="mean", metavar="{mean,min,free,NUMBER}", help="m*, the norm of the learned embedding: the vocabulary's mean or minimum, a number, or free (plain Textual Inversion).")
+    add("--optimizer", choices=["rsgd", "adamw"], default="rsgd", help="Riemannian SGD on the sphere, or AdamW (followed by a projection back to the sphere unless --magnitude free).")
+    add("--init", choices=["token", "contextual"], default="token", help="Start from the initializer's row of the vocabulary, or from its last hidden state in context (CrossInit).")
+    add("--reg_weight", type=number(float, 0), default=0.0, help="Weight of the mean squared distance between the embedding and where it started; CrossInit: 1e-5.")
+    add("--adam_beta1", type=number(float, 0), default=0.9, help="AdamW's decay of the first moment.")
+    add("--adam_beta2", type=number(float, 0), default=0.999, help="AdamW's decay of the second moment.")
+    add("--adam_weight_decay", type=number(float, 0), default=1e-2, help="AdamW's weight decay.")
+    add("--adam_epsilon", type=number(float, 0, above=True), default=1e-8, help="AdamW's epsilon.")
+
+
+# Copied from train_dti_sdxl.add_token_options
+def add_token_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("token").add_argument
+    add("--placeholder_token", required=True, help='The new word, such as "<my-dog>". It must not be in the vocabulary.')
+    add("--initializer_token", default=None, help='The class word, such as dog. A text of several tokens ("stuffed animal") gives one vector each.')
+    add("--num_vectors", type=number(int, 1), default=None, help="Vectors of the new token. Default: as many as the initializer has tokens; with more, the initializer repeats.")
+    add("--init_embedding", type=Path, default=None, help="Continue from a finished embedding: a folder or file of this script's or of diffusers' (learned_embeds*.safetensors), or a clip_l/clip_g file.")
+
+
+# Copied from train_dti_sdxl.add_data_options
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--instance_data_dir", "--train_data_dir", type=Path, default=None, help="Folder of photographs (subfolders are not read), optionally with captions in metadata.jsonl or metadata.csv.")
+    add("--dataset_name", default=None, help="Instead of a folder, a data set on the Hub or a local one that `datasets.load_dataset` reads; its split `train` is used.")
+    add("--dataset_config_name", default=None, help="Configuration of the data set.")
+    add("--image_column", default="image", help="Column of --dataset_name that holds the images.")
+    add("--caption_column", default=None, help="Column that holds the captions. Default: `text` of a folder's metadata file; no captions for --dataset_name.")
+    add("--learnable_property", choices=["object", "style"], default="object", help="Which of the built-in prompt templates to train with where there are no captions.")
+    add("--prompt_templates", type=Path, default=None, help="File of prompt templates, one a line, with {} for the new word, instead of the built-in ones.")
+    add("--resolution", type=number(int, 8), default=1024, help="Side in pixels of the square training images: the shorter side is resized to it and the rest cropped.")
+    add("--center_crop", action="store_true", help="Crop the centre instead of a random part.")
+    add("--random_flip", action="store_true", help="Mirror half of the views. Not for subjects whose two sides differ.")
+    add("--no_cache_latents", dest="cache_latents", action="store_false", help="Decode and encode images at every step instead of once before training: any crop, but slower and more memory.")
+    add("--crops_per_image", type=number(int, 1), default=4, help="Views (random crops, flips) of each photograph that are encoded when latents are cached; equal ones count once.")
+    add("--dataloader_num_workers", type=number(int, 0), default=0, help="Processes that load images when latents are not cached.")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model and sampling").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a SANA pipeline in diffusers' format.")
+    add("--revision", default=None, help="Revision of the model on the Hub.")
+    add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
+    add("--hub_token", default=None, help="Token for gated or private models and data sets. Better: log in once with `hf auth login`.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration); bf16 is right for SANA. The VAE encodes and the embedding is trained in float32 always.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere and newer GPUs.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations of the transformer and the text encoder in the backward pass: less memory, slower.")
+    add("--compile", action="store_true", help="Compile the transformer's repeated blocks with torch.compile.")
+    add("--max_sequence_length", type=number(int, 2), default=300, help="Tokens of a prompt that SANA is conditioned on. Training computes only as many as a batch needs.")
+    add("--complex_human_instruction", default=None, help="Text in front of every training prompt: `default` for SanaPipeline's own, or a text. Default: none.")
+    add("--weighting_scheme", choices=["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"], default="none", help="How timesteps are drawn or weighted, as in SD3: none draws them uniformly.")
+    add("--logit_mean", type=float, default=0.0, help="Mean of logit_normal.")
+    add("--logit_std", type=number(float, 0, above=True), default=1.0, help="Deviation of logit_normal.")
+    add("--mode_scale", type=float, default=1.29, help="Scale of mode.")
+    add("--validation_inference_steps", type=number(int, 1), default=20, help="Euler steps of a validation image.")
+    add("--validation_guidance_scale", type=number(float, 0), default=4.5, help="Guidance scale of the validation images.")
+
+
+# Copied from train_dti_sdxl.add_loop_options
+def add_loop_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", type=Path, required=True, help="Where the results are written.")
+    add("--seed", type=number(int, 0), default=None, help="Seed of everything that is drawn. Default: a fresh one, which is printed.")
+    add("--max_train_steps", type=number(int, 1), default=500, help="Optimization steps; paper: 500.")
+    add("--train_batch_size", type=number(int, 1), default=4, help="Images a step on each device; paper: 4.")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="Batches whose gradients are averaged in one step.")
+    add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT], default="constant", help="Schedule of the learning rate.")
+    add("--lr_warmup_steps", type=number(int, 0), default=0, help="Steps over which the learning rate rises from zero.")
+    add("--lr_num_cycles", type=number(int, 1), default=1, help="Restarts of cosine_with_restarts.")
+    add("--save_steps", type=number(int, 1), default=None, help="Also save the embedding every so many steps, with the step in the files' names.")
+    add("--validation_prompt", action="append", default=[], help="Prompt with {} or the new word, sampled during training. May be given several times.")
+    add("--validation_steps", type=number(int, 1), default=100, help="Steps between validations; there is always one at the end.")
+    add("--num_validation_images", type=number(int, 1), default=4, help="Images of each validation prompt.")
+    add("--logging_steps", type=number(int, 1), default=10, help="Steps between log entries. Only then are values read from the device.")
+    add("--logging_dir", default="logs", help="Folder of the tracker's files, within --output_dir.")
+    add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="Tracker that gets the curves and the validation images.")
+
+
+# fmt: on
+
+
+# Copied from train_dti_sdxl.make_parser
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_method_options(parser)
+    add_token_options(parser)
+    add_data_options(parser)
+    add_model_options(parser)
+    add_loop_options(parser)
+    return parser
+
+
+# Copied from train_dti_sdxl.parse_args
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
+    if args.kappa is None:
+        args.kappa = 0.0 if args.magnitude == "free" else 1e-4
+    return args
+
+
+# Copied from train_dti_sdxl.check_options
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong without reading anything but the options. Raises UserError."""
+    if args.optimizer == "rsgd" and args.magnitude == "free":
+        raise UserError("--optimizer rsgd moves on a sphere and --magnitude free has none: add --optimizer adamw.")
+    if args.magnitude == "free" and args.kappa:
+        raise UserError(
+            f"--kappa {args.kappa:g} is a prior on the sphere and --magnitude free has none: leave it out."
+        )
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            raise UserError(f"--{name} {getattr(args, name):g} must be below 1.")
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        raise UserError("Give either --instance_data_dir or --dataset_name.")
+    if args.initializer_token is None and args.init_embedding is None:
+        raise UserError("Give --initializer_token (the class word, such as dog) or --init_embedding.")
+    if args.initializer_token is None and args.init == "contextual":
+        raise UserError("--init contextual needs --initializer_token.")
+    if args.init_embedding is not None and args.init == "contextual":
+        raise UserError("--init contextual and --init_embedding both say where to start: leave one out.")
+    if args.resolution % RESOLUTION_STEP:
+        fits = max(args.resolution // RESOLUTION_STEP, 1) * RESOLUTION_STEP
+        raise UserError(f"--resolution {args.resolution} is not a multiple of {RESOLUTION_STEP}: try {fits}.")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise UserError(
+            "--hub_token would be logged by --report_to wandb: log in with `hf auth login` and leave it out."
+        )
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise UserError(f"--report_to {args.report_to} needs `pip install {args.report_to}` (or --report_to none).")
+    for prompt in args.validation_prompt:
+        if "{}" not in prompt and args.placeholder_token not in prompt:
+            raise UserError(f"--validation_prompt {prompt!r} has neither {{}} nor {args.placeholder_token!r} in it.")
+    check_output_dir(args.output_dir)
+
+
+# Copied from train_dti_sdxl.check_output_dir
+def check_output_dir(folder: Path) -> None:
+    """Make the folder, and try that it can be written to: better now than after the training. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another folder."
+        ) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Sphere: the method. Rows of a matrix are points on S^(d-1), each by itself, in float32.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_dti_sdxl.normalize
+def normalize(x: torch.Tensor) -> torch.Tensor:
+    """Rows of `x` (n, d) scaled to unit length. A zero row stays zero."""
+    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
+
+
+# Copied from train_dti_sdxl.project_to_tangent
+def project_to_tangent(v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The part of `g` (n, d) that is tangent to the sphere at the unit rows `v` (n, d)."""
+    # g - (g . v) v
+    return g - (g * v).sum(dim=-1, keepdim=True) * v
+
+
+# Copied from train_dti_sdxl.retract
+def retract(v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """The point of the sphere reached from the unit rows `v` (n, d) by the tangent `step` (n, d), by renormalisation."""
+    # (v + step) / |v + step|: a tangent step of length eta turns v by arctan(eta), the exponential map would by eta
+    return normalize(v + step)
+
+
+# Copied from train_dti_sdxl.angle
+def angle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Angles (n,) in degrees between the rows of `a` and `b` (n, d), exact also where they are nearly parallel."""
+    a, b = normalize(a), normalize(b)
+    return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))
+
+
+# Copied from train_dti_sdxl.RiemannianSGD
+class RiemannianSGD(torch.optim.Optimizer):
+    """Normalised Riemannian SGD on the unit sphere with a von Mises-Fisher prior (the paper's Algorithm 1).
+
+    A parameter is a float32 matrix (n, d) of unit rows, and its group holds the prior's mean directions `mu` (n, d).
+    A row whose tangent gradient is zero or not finite stays as it is, and is counted in `state[v]["skipped"]`.
+
+    One departure: a tangent gradient below the rounding of the gradient that it was projected from counts as zero, for
+    normalisation would blow that noise up to a full step.
+
+    Args:
+        params: groups of parameters, each with its `mu`.
+        lr: eta, the length of the tangent step; every step turns a row by arctan(eta) radians.
+        kappa: concentration of the prior, whose gradient is -kappa mu.
+    """
+
+    def __init__(self, params, lr: float, kappa: float = 0.0):
+        super().__init__(params, {"lr": lr, "kappa": kappa, "mu": None})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            eta, kappa, mu = group["lr"], group["kappa"], group["mu"]
+            for v in group["params"]:
+                # g_euc = g_data - kappa mu
+                g_euc = v.grad if mu is None else v.grad - kappa * mu
+                g = project_to_tangent(v, g_euc)
+                length = g.norm(dim=-1, keepdim=True)
+                noise = 4 * torch.finfo(v.dtype).eps * g_euc.norm(dim=-1, keepdim=True)
+                moves = torch.isfinite(length) & (length > noise)
+                # v <- (v - eta g / |g|) / |v - eta g / |g||
+                v.copy_(torch.where(moves, retract(v, -eta * g / length), v))
+                state = self.state[v]
+                state["skipped"] = state.get("skipped", 0) + (~moves).sum()
+
+
+# Copied from train_dti_sdxl.TokenAdamW
+class TokenAdamW(torch.optim.AdamW):
+    """AdamW on free embeddings (plain Textual Inversion), or on directions with re-projection (the paper's Table 3).
+
+    In a group with `mu` the rows are unit vectors: the prior's gradient is added, and the rows are normalised after the
+    step. A row whose gradient is not finite is given none in this step, and is counted in `state[x]["skipped"]`.
+    """
+
+    def __init__(self, params, kappa: float = 0.0, **adamw_options):
+        super().__init__(params, **adamw_options)
+        for group in self.param_groups:
+            group.setdefault("mu", None)
+            group.setdefault("kappa", kappa)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        skipped = {}
+        for group in self.param_groups:
+            for x in group["params"]:
+                finite = x.grad.isfinite().all(dim=-1, keepdim=True)
+                g = x.grad if group["mu"] is None else x.grad - group["kappa"] * group["mu"]
+                x.grad = torch.where(finite, g, 0.0)
+                skipped[x] = (~finite).sum()
+        super().step()
+        for group in self.param_groups:
+            for x in group["params"]:
+                if group["mu"] is not None:
+                    x.copy_(normalize(x))
+                self.state[x]["skipped"] = self.state[x].get("skipped", 0) + skipped[x]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Token: the new word, its place in the tokenizers and encoders, and where it starts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_dti_sdxl.LearnedToken
+@dataclass
+class LearnedToken:
+    """The new word's embedding for one text encoder: all that is trained.
+
+    Attributes:
+        first_id: token id of the first vector; the others follow it.
+        magnitude: m*, or None where the norm is free.
+        parameter: (n, d) float32; the directions v as unit rows, or the embeddings e themselves where the norm is free.
+        prior_mean: (n, d) mu, unit rows.
+        start: (n, d) e(0), the embeddings before training.
+    """
+
+    first_id: int
+    magnitude: float | None
+    parameter: torch.nn.Parameter
+    prior_mean: torch.Tensor
+    start: torch.Tensor
+
+    def embedding(self) -> torch.Tensor:
+        """e = m* v, (n, d) float32, differentiable."""
+        return self.parameter if self.magnitude is None else self.magnitude * self.parameter
+
+
+# Copied from train_dti_sdxl.ExtendedEmbedding
+class ExtendedEmbedding(torch.nn.Module):
+    """A frozen vocabulary (V, d) followed by the learned rows, in the place of the encoder's own nn.Embedding.
+
+    The learned parameter is not registered here: `encoder.to(torch.bfloat16)` must not reach it, for a step of 5e-3 is
+    lost in half precision. The vocabulary is neither resized nor written to, so there is nothing to restore after a step.
+    """
+
+    def __init__(self, vocabulary: torch.nn.Embedding, token: LearnedToken):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.learned = (token,)  # in a tuple, so that nn.Module does not look into it
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.vocabulary.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        token = self.learned[0]
+        is_new = input_ids >= token.first_id
+        known = self.vocabulary(input_ids.masked_fill(is_new, 0))
+        new = F.embedding((input_ids - token.first_id).clamp(min=0), token.embedding().to(known.dtype))
+        if hasattr(self.vocabulary, "embed_scale"):  # Gemma-2's sqrt(d) is the vocabulary's business in transformers 5
+            new = new * self.vocabulary.embed_scale.to(new.dtype)
+        return torch.where(is_new.unsqueeze(-1), new, known)
+
+
+# Copied from train_dti_sdxl.placeholder_names
+def placeholder_names(placeholder: str, num_vectors: int) -> list[str]:
+    """The tokens that stand for the vectors, as diffusers' loader names them: <x>, <x>_1, <x>_2 ..."""
+    return [placeholder, *(f"{placeholder}_{index}" for index in range(1, num_vectors))]
+
+
+# Copied from train_dti_sdxl.initializer_ids
+def initializer_ids(tokenizer, initializer: str) -> list[int]:
+    """Token ids of the initializer text. Raises UserError where the vocabulary has no words for it."""
+    ids = tokenizer(initializer, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(f"--initializer_token {initializer!r} has no tokens: give the class word, such as dog.")
+    # A byte-level tokenizer spells an unknown script in single bytes: they decode to nothing and mean nothing.
+    if tokenizer.unk_token_id in ids or any("\ufffd" in tokenizer.decode([token_id]) for token_id in ids):
+        raise UserError(
+            f"--initializer_token {initializer!r} is not in the vocabulary: give an English word for the class."
+        )
+    return ids
+
+
+# Copied from train_dti_sdxl.add_placeholder
+def add_placeholder(tokenizer, placeholder: str, num_vectors: int) -> int:
+    """Add the new word to the tokenizer and return its first token id. Raises UserError where the name will not do."""
+    option = f"--placeholder_token {placeholder!r}"
+    if not placeholder.strip():
+        raise UserError(f'{option} is empty: give a new word, such as "<my-dog>".')
+    if re.search(r"\s", placeholder):
+        raise UserError(f"{option} has spaces in it: write {'-'.join(placeholder.split())!r}.")
+    if web_name(placeholder) in EMBEDDING_FILES:
+        raise UserError(f"{option}: the file {web_name(placeholder)}.safetensors is diffusers': choose another.")
+    names = placeholder_names(placeholder, num_vectors)
+    vocabulary = tokenizer.get_vocab()
+    owner = re.sub(r"_\d+$", "", placeholder)
+    taken = [name for name in (*names, f"{placeholder}_1") if name in vocabulary]
+    if owner != placeholder and owner in tokenizer.added_tokens_encoder:
+        taken.append(owner)
+    if taken or len(tokenizer.tokenize(placeholder)) == 1:
+        raise UserError(
+            f"{option}: {taken[0] if taken else placeholder!r} is in the vocabulary already: choose another."
+        )
+
+    tokenizer.add_tokens(names)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    # What the pipeline makes of a prompt must hold exactly these tokens. Capitals can prevent it, by tokenizer version.
+    prompt = to_pipeline_prompt(f"a {placeholder} here", tokenizer)
+    if [token_id for token_id in tokenizer(prompt).input_ids if token_id >= ids[0]] != ids:
+        reason = "is not found again in a prompt as the pipeline tokenizes it"
+        raise UserError(f"{option} {reason}: write {placeholder.lower()!r}, in lower case.")
+    return ids[0]
+
+
+# Copied from train_dti_sdxl.vocabulary_magnitude
+def vocabulary_magnitude(vocabulary: torch.Tensor, rule: str | float) -> float | None:
+    """m* of a vocabulary matrix (V, d): mean or minimum of its rows' norms, zero rows left out. None where it is free."""
+    if rule == "free":
+        return None
+    if rule not in ("mean", "min"):
+        return float(rule)
+    norms = torch.cat(
+        [rows.float().norm(dim=-1) for rows in vocabulary.split(8192)]
+    )  # never a whole copy of the matrix
+    norms = norms[norms > 0].double()
+    return (norms.mean() if rule == "mean" else norms.min()).item()
+
+
+# Copied from train_dti_sdxl.initial_embedding
+def initial_embedding(encoder, tokenizer, initializer: str, init: str) -> torch.Tensor:
+    """Embeddings (k, d) of the initializer's k tokens: rows of the vocabulary, or hidden states in context (CrossInit)."""
+    ids = torch.tensor(initializer_ids(tokenizer, initializer), device=encoder.device)
+    if init == "token":
+        return encoder.get_input_embeddings().weight[ids].float()
+    prompt = torch.tensor([tokenizer(initializer).input_ids], device=encoder.device)
+    hidden = encoder(prompt, output_hidden_states=True).last_hidden_state[0]
+    first = prompt[0].tolist().index(ids[0].item())
+    return hidden[first : first + len(ids)].float()
+
+
+# Copied from train_dti_sdxl.make_token
+@torch.no_grad()
+def make_token(
+    encoder, tokenizer, first_id: int, num_vectors: int, warm_start: torch.Tensor | None, args
+) -> LearnedToken:
+    """Compute m*, mu and the start from the frozen encoder, and put the new rows behind its vocabulary."""
+    vocabulary = encoder.get_input_embeddings()
+    magnitude = vocabulary_magnitude(vocabulary.weight, args.magnitude)
+    start = warm_start
+    if args.initializer_token is not None:
+        rows = initial_embedding(encoder, tokenizer, args.initializer_token, args.init)
+        initializer = rows[torch.arange(num_vectors) % len(rows)]
+        start = initializer if warm_start is None else warm_start
+    start = start.to(encoder.device, torch.float32)
+    # mu is the class word wherever one is given, so that a warm start is still pulled towards it.
+    prior_mean = normalize(start if args.initializer_token is None else initializer)
+    if magnitude is not None:
+        start = magnitude * normalize(start)
+    parameter = torch.nn.Parameter(start.clone() if magnitude is None else normalize(start))
+    token = LearnedToken(first_id, magnitude, parameter, prior_mean, start)
+    encoder.set_input_embeddings(ExtendedEmbedding(vocabulary, token))
+    return token
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Data: photographs, prompts, and which of them each step sees
+# ----------------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".tga"}
+
+OBJECT_TEMPLATES = """
+a photo of {} | a picture of {} | a photograph showing {} | a close-up photo of {} | a sharp photo of {}
+a blurry photo of {} | a dim photo of {} | a well lit photo of {} | a cropped picture of {} | a snapshot of {}
+a high resolution photo of {} | a low resolution picture of {} | a studio shot of {} | an amateur photo of {}
+a photo of one {} | a photo of the {} | a photo of my {} | a picture of this {} | a clean photo of {}
+a photo of {} seen from the front | a photo of {} on display | an everyday photo of {} | a view of {}
+a colour photo of {} | a detailed image of {}
+"""
+
+STYLE_TEMPLATES = """
+a painting in the style of {} | a picture in the style of {} | an artwork in the style of {} | art made in {} style
+a drawing in the style of {} | an illustration in the style of {} | a rendering in the style of {} | {} style art
+a detailed painting in the style of {} | a simple picture in the style of {} | a bright painting in {} style
+a dark painting in the style of {} | a small painting in the style of {} | a large painting in the style of {}
+a close-up in the style of {} | a scene in the style of {} | a landscape in the style of {} | a portrait in {} style
+a still life in the style of {} | a cropped painting in the style of {} | a fine picture in {} style
+a quick study in the style of {} | a composition in the style of {} | an image in the style of {} | a work in {} style
+"""
+
+
+# Copied from train_dti_sdxl.built_in_templates
+def built_in_templates(learnable_property: str) -> list[str]:
+    text = STYLE_TEMPLATES if learnable_property == "style" else OBJECT_TEMPLATES
+    return [template.strip() for line in text.strip().splitlines() for template in line.split("|")]
+
+
+# Copied from train_dti_sdxl.read_templates
+def read_templates(path: Path) -> list[str]:
+    """Templates of a file, one a line, empty lines left out. Raises UserError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_templates {path} cannot be read: {error}") from None
+    wrong = [line for line in lines if "{}" not in line]
+    if not lines or wrong:
+        problem = f"the line {wrong[0]!r} has no {{}} for the new word" if lines else "it is empty"
+        raise UserError(f"--prompt_templates {path}: {problem}.")
+    return lines
+
+
+# Copied from train_dti_sdxl.find_images
+def find_images(folder: Path) -> list[Path]:
+    """Image files in a folder, by name, not looking into its subfolders. Notes what it leaves out. Raises UserError."""
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"--instance_data_dir {folder} {problem}: give a folder of photographs.")
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("metadata."))
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    if left_out := [repr(path.name) for path in files if path not in images]:
+        logger.info(f"Not images, left out: {', '.join(left_out)}")
+    if not images:
+        raise UserError(f"--instance_data_dir {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return images
+
+
+# Copied from train_dti_sdxl.read_captions
+def read_captions(folder: Path, column: str | None) -> dict[str, str] | None:
+    """Captions by file name from the folder's metadata.jsonl or metadata.csv; None where it has neither."""
+    path = next((path for path in (folder / "metadata.jsonl", folder / "metadata.csv") if path.is_file()), None)
+    if path is None and column is not None:
+        raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv.")
+    if path is None:
+        return None
+    column = column or "text"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            is_csv = path.suffix == ".csv"
+            rows = list(csv.DictReader(file)) if is_csv else [json.loads(line) for line in file if line.strip()]
+        return {row["file_name"]: str(row[column]) for row in rows}
+    except KeyError as error:
+        raise UserError(f"{path} has no column {error}: it needs file_name and --caption_column {column}.") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as rows of file_name and {column}: {error}") from None
+
+
+# Copied from train_dti_sdxl.load_photographs
+def load_photographs(args: argparse.Namespace) -> datasets.Dataset:
+    """The photographs, not yet decoded, in a column `image`, and their captions, where there are any, in `caption`.
+
+    A folder is listed here and not by `datasets`' imagefolder, which sorts files by names like "test" into splits and
+    takes brackets in names for patterns.
+    """
+    if args.dataset_name is not None:
+        return load_named_dataset(args)
+    images = find_images(args.instance_data_dir)
+    columns = {"image": [str(path) for path in images]}
+    captions = read_captions(args.instance_data_dir, args.caption_column)
+    if captions is not None:
+        without = [path.name for path in images if path.name not in captions]
+        if without:
+            raise UserError(f"{args.instance_data_dir}: the metadata file has no row for {without[0]!r}.")
+        columns["caption"] = [captions[path.name] for path in images]
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+
+
+# Copied from train_dti_sdxl.load_named_dataset
+def load_named_dataset(args: argparse.Namespace) -> datasets.Dataset:
+    try:
+        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", token=args.hub_token)
+    except Exception as error:  # `datasets` raises many kinds, from its builders and from the network
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}") from None
+    wanted = {"image": args.image_column} | ({"caption": args.caption_column} if args.caption_column else {})
+    for option, column in wanted.items():
+        if column not in data.column_names:
+            raise UserError(
+                f"--{option}_column {column} is not one of the data set's: {', '.join(data.column_names)}."
+            )
+    if not isinstance(data.features[args.image_column], datasets.Image):
+        raise UserError(f"--image_column {args.image_column} of {args.dataset_name} does not hold images.")
+    data = data.select_columns(list(wanted.values())).rename_columns({c: o for o, c in wanted.items() if c != o})
+    return data.cast_column("image", datasets.Image(decode=False))
+
+
+# Copied from train_dti_sdxl.open_image
+def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
+    """Decode one photograph upright to RGB. Raises UserError naming a broken file.
+
+    With `shrink_to` a JPEG may come out smaller, its shorter side still at least so many pixels: quick, for a check.
+    """
+    source = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
+    try:
+        with Image.open(source) as image:
+            if shrink_to is not None:
+                image.draft("RGB", (shrink_to, shrink_to))
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        name = record["path"] or "an image of the data set"
+        raise UserError(f"{name} is damaged or not an image ({error}): mend it or take it away.") from None
+
+
+# Copied from train_dti_sdxl.to_rgb
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency over white, 16-bit scaled to 8."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip every value above 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+# Copied from train_dti_sdxl.check_images
+def check_images(photographs: datasets.Dataset, resolution: int) -> None:
+    """Decode every photograph once, so that a damaged one is found before the models load. Raises UserError."""
+    small = 0
+    for record in tqdm(photographs["image"], desc="Checking photographs", leave=False, disable=len(photographs) < 50):
+        small += min(open_image(record, shrink_to=resolution).size) < resolution
+    if small:
+        logger.warning(
+            f"{small} of {len(photographs)} photographs are smaller than --resolution {resolution} and will be enlarged."
+        )
+
+
+# Copied from train_dti_sdxl.prompts_by_image
+def prompts_by_image(photographs: datasets.Dataset, args: argparse.Namespace) -> list[list[str]]:
+    """For each photograph the prompts that it may be trained with: its caption, or all templates. Raises UserError."""
+    if "caption" not in photographs.column_names:
+        templates = (
+            read_templates(args.prompt_templates)
+            if args.prompt_templates
+            else built_in_templates(args.learnable_property)
+        )
+        prompts = [template.replace("{}", args.placeholder_token) for template in templates]
+        return [prompts] * len(photographs)
+    captions = list(photographs["caption"])
+    for caption in captions:
+        if "{}" not in caption and args.placeholder_token not in caption:
+            raise UserError(
+                f"The caption {caption!r} has neither {{}} nor {args.placeholder_token!r} for the new word."
+            )
+    return [[caption.replace("{}", args.placeholder_token)] for caption in captions]
+
+
+# Copied from train_dti_sdxl.check_prompts
+def check_prompts(prompts: list[list[str]], tokenizers: list, num_vectors: int) -> None:
+    """Refuse prompts that are so long that the new word is cut off. Raises UserError."""
+    for prompt in dict.fromkeys(itertools.chain.from_iterable(prompts)):
+        for tokenizer in tokenizers:
+            ids = tokenizer(to_pipeline_prompt(prompt, tokenizer), truncation=True).input_ids
+            if sum(token_id >= len(tokenizer) - num_vectors for token_id in ids) < num_vectors:
+                raise UserError(
+                    f"The encoders read {tokenizer.model_max_length} tokens, and the new word is not among them in"
+                    f" {prompt!r}: shorten it (or --num_vectors, now {num_vectors})."
+                )
+
+
+# Copied from train_dti_sdxl.View
+@dataclass(frozen=True)
+class View:
+    """A square part of a photograph: mirrored or not, and the crop's corner in pixels of the resized picture."""
+
+    flip: bool
+    top: int
+    left: int
+
+
+# Copied from train_dti_sdxl.draw_view
+def draw_view(size: tuple[int, int], args: argparse.Namespace, rng: np.random.Generator) -> View:
+    """Choose a part of a photograph of `size` (width, height) whose shorter side is resized to the resolution."""
+    spare_width, spare_height = (round(side * args.resolution / min(size)) - args.resolution for side in size)
+    flip = args.random_flip and rng.random() < 0.5
+    if args.center_crop:
+        return View(flip, spare_height // 2, spare_width // 2)
+    return View(flip, int(rng.integers(spare_height + 1)), int(rng.integers(spare_width + 1)))
+
+
+# Copied from train_dti_sdxl.render_view
+def render_view(image: Image.Image, view: View, resolution: int) -> torch.Tensor:
+    """Cut the view out of an RGB image. Returns pixels (3, R, R) in [-1, 1]."""
+    side = min(image.size)
+    scale = side / resolution
+    left, top = min(view.left * scale, image.width - side), min(view.top * scale, image.height - side)
+    image = ImageOps.mirror(image) if view.flip else image
+    # Resizing only the box costs the same for any shape of picture: a panorama is never enlarged as a whole.
+    box = (left, top, left + side, top + side)
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+# Copied from train_dti_sdxl.TrainingExamples
+class TrainingExamples(torch.utils.data.Dataset):
+    """What the training sees at position 0, 1, 2 ... of an endless sequence: a view of a photograph and a prompt.
+
+    Every item is a function of the seed and its position alone, whoever asks for it: nothing that is drawn depends on
+    worker processes, on validation or on where a run began. Each photograph comes once in an epoch, in a new order.
+    """
+
+    def __init__(self, photographs, prompts: list[list[str]], cache: list[list[dict]] | None, seed: int, args):
+        self.photographs, self.prompts, self.cache, self.seed, self.args = photographs, prompts, cache, seed, args
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, place = divmod(position, len(self.prompts))
+        index = int(np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.prompts))[place])
+        rng = np.random.default_rng([self.seed, 1, position])
+        prompt = self.prompts[index][rng.integers(len(self.prompts[index]))]
+        if self.cache is not None:
+            return {"prompt": prompt, **self.cache[index][rng.integers(len(self.cache[index]))]}
+        image = open_image(self.photographs[index]["image"])
+        view = draw_view(image.size, self.args, rng)
+        pixels = render_view(image, view, self.args.resolution)
+        return {"prompt": prompt, "pixel_values": pixels, **size_conditioning(image.size, view, self.args.resolution)}
+
+
+# Copied from train_dti_sdxl.batches
+def batches(examples: TrainingExamples, accelerator: Accelerator, args: argparse.Namespace) -> Iterator[dict]:
+    """Endless batches for this process: of each `num_processes` consecutive ones it takes its own."""
+    size, rank, world = args.train_batch_size, accelerator.process_index, accelerator.num_processes
+    positions = ([(k * world + rank) * size + i for i in range(size)] for k in itertools.count())
+    workers = args.dataloader_num_workers if examples.cache is None else 0
+    loader = torch.utils.data.DataLoader(
+        examples, batch_sampler=positions, num_workers=workers, pin_memory=accelerator.device.type == "cuda"
+    )
+    for batch in loader:
+        yield {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+# Copied from train_dti_sdxl.step_generator
+def step_generator(seed: int, device: torch.device, *counters: int) -> torch.Generator:
+    """The random numbers of one batch: a function of the seed and of step, micro-batch and process alone."""
+    state = np.random.SeedSequence([seed, 2, *counters]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. SANA: loading, encoding, the loss, and using the result
+# ----------------------------------------------------------------------------------------------------------------------
+
+PIPELINE_CLASS = "SanaPipeline"
+OTHER_SCRIPTS = {"StableDiffusionXLPipeline": "train_dti_sdxl.py"}
+NOISE_SCHEDULER = FlowMatchEulerDiscreteScheduler
+PREDICTIONS = (None, "flow_prediction")
+RESOLUTION_STEP = 32  # pixels a latent position
+ENCODERS = ("text_encoder",)
+EMBEDDING_FILES = ("learned_embeds",)  # diffusers' name
+WEB_KEYS = ("gemma",)  # OneTrainer's key
+ARCHITECTURE = "sana"
+PIPELINE_FILE = Path(__file__).resolve().parent / "examples" / "pipeline_sana_textual_inversion.py"
+
+
+@dataclass
+class Models:
+    """The frozen pipeline's parts, and the new word in its text encoder.
+
+    `timesteps` and `sigmas` (1000,) are the scheduler's, on the device. `max_length` counts the instruction's tokens.
+    """
+
+    tokenizers: list
+    text_encoders: list[Gemma2Model]
+    transformer: SanaTransformer2DModel
+    vae: AutoencoderDC
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+    instruction: str
+    max_length: int
+    args: argparse.Namespace
+    tokens: list[LearnedToken]
+
+
+# Copied from train_dti_sdxl.hub_options
+def hub_options(args: argparse.Namespace) -> dict:
+    return {"revision": args.revision, "token": args.hub_token}
+
+
+# Copied from train_dti_sdxl.check_model
+def check_model(args: argparse.Namespace) -> None:
+    """Read the pipeline's index and the scheduler's configuration, and refuse another kind of model. Raises UserError."""
+    name = args.pretrained_model_name_or_path
+    option = f"--pretrained_model_name_or_path {name}"
+    if Path(name).is_file():
+        raise UserError(
+            f"{option} is a file: load it with {PIPELINE_CLASS}.from_single_file and save_pretrained a folder."
+        )
+    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
+    try:
+        pipeline_class = DiffusionPipeline.load_config(name, **hub_options(args)).get("_class_name")
+        prediction = NOISE_SCHEDULER.load_config(name, subfolder="scheduler", **hub_options(args)).get(
+            "prediction_type"
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} cannot be read: {str(error).strip().splitlines()[0]}") from None
+    if pipeline_class != PIPELINE_CLASS:
+        remedy = f": use {OTHER_SCRIPTS[pipeline_class]}" if pipeline_class in OTHER_SCRIPTS else ""
+        raise UserError(f"{option} is a {pipeline_class}; this script trains a {PIPELINE_CLASS}{remedy}.")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"{option} predicts {prediction!r}; this script knows {', '.join(filter(None, PREDICTIONS))}.")
+
+
+def load_tokenizers(args: argparse.Namespace) -> list:
+    with missing_parts_as_user_errors(args):
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="tokenizer", **hub_options(args)
+        )
+    tokenizer.padding_side = "right"  # as SanaPipeline sets it; Gemma's own side is the left
+    tokenizer.model_max_length = args.max_sequence_length
+    return [tokenizer]
+
+
+# Copied from train_dti_sdxl.text_widths
+def text_widths(args: argparse.Namespace) -> list[int]:
+    """Embedding width of each text encoder, from its configuration alone."""
+    path = args.pretrained_model_name_or_path
+    with missing_parts_as_user_errors(args):
+        configs = [AutoConfig.from_pretrained(path, subfolder=folder, **hub_options(args)) for folder in ENCODERS]
+    return [config.hidden_size for config in configs]
+
+
+# Copied from train_dti_sdxl.missing_parts_as_user_errors
+@contextlib.contextmanager
+def missing_parts_as_user_errors(args: argparse.Namespace):
+    """Turn the loaders' errors about missing or damaged files into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        name = args.pretrained_model_name_or_path
+        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
+
+
+# Copied from train_dti_sdxl.load_text_encoder
+def load_text_encoder(cls: type, path: str, subfolder: str, **options):
+    """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
+    encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
+    if info["missing_keys"]:  # transformers' major versions name some weights differently
+        raise ValueError(
+            f"{subfolder} lacks the weights {sorted(info['missing_keys'])[0]} ... (another version's file?)"
+        )
+    return encoder
+
+
+def instruction_text(option: str | None) -> str:
+    """What is put in front of every prompt: nothing, SanaPipeline's own instruction, or a text."""
+    if option is None:
+        return ""
+    if option == "default":
+        return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+    return option
+
+
+def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device, dtype: torch.dtype) -> Models:
+    """Load everything frozen: the VAE on the CPU, the rest on the device, the encoder still as it was shipped."""
+    if dtype == torch.float16:
+        logger.warning("--mixed_precision fp16: Gemma-2 and SANA's autoencoder overflow in it. Use bf16.")
+    path, options = args.pretrained_model_name_or_path, {"variant": args.variant, **hub_options(args)}
+    with missing_parts_as_user_errors(args):
+        scheduler = NOISE_SCHEDULER.from_pretrained(path, subfolder="scheduler", **hub_options(args))
+        vae = AutoencoderDC.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **options)
+        transformer = SanaTransformer2DModel.from_pretrained(
+            path, subfolder="transformer", torch_dtype=dtype, **options
+        )
+        encoder = load_text_encoder(Gemma2Model, path, subfolder=ENCODERS[0], torch_dtype="auto", **options)
+    encoder.config.use_cache = False  # Gemma-2 would build a key-value cache
+    for model in (vae, transformer, encoder):
+        model.requires_grad_(False).eval()
+    transformer.to(device)
+    encoder.to(device)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        encoder.train()  # transformers checkpoints in training mode only; Gemma-2 has no dropout
+    if args.compile:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    instruction = instruction_text(args.complex_human_instruction)
+    max_length = args.max_sequence_length
+    if instruction:  # SanaPipeline's count: the instruction's tokens, less its <bos> and the space before the prompt
+        max_length += len(tokenizers[0].encode(instruction)) - 2
+    return Models(
+        tokenizers=tokenizers,
+        text_encoders=[encoder],
+        transformer=transformer,
+        vae=vae,
+        timesteps=scheduler.timesteps.to(device),
+        sigmas=scheduler.sigmas.to(device),
+        instruction=instruction,
+        max_length=max_length,
+        args=args,
+        tokens=[],
+    )
+
+
+# Copied from train_dti_sdxl.read_warm_start
+def read_warm_start(path: Path, widths: list[int]) -> list[torch.Tensor]:
+    """The (n, d) embeddings of a finished file or folder, one for each text encoder. Raises UserError."""
+    option = f"--init_embedding {path}"
+    path = path / f"{EMBEDDING_FILES[0]}.safetensors" if path.is_dir() else path
+    try:
+        state = load_file(path)
+        if set(state) == set(WEB_KEYS):
+            rows = [state[key] for key in WEB_KEYS]
+        elif len(state) == 1:
+            others = [path.name.replace(EMBEDDING_FILES[0], name, 1) for name in EMBEDDING_FILES[1:]]
+            rows = [x for file in (path, *map(path.with_name, others)) for x in load_file(file).values()]
+        else:
+            wanted = " and ".join(WEB_KEYS)
+            raise UserError(f"{option} has the keys {', '.join(state)}: it needs {wanted}, or exactly one.")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{option} cannot be read as safetensors: {error}") from None
+    rows = [torch.atleast_2d(row) for row in rows]
+    found = [row.shape[-1] for row in rows]
+    if found != widths:
+        raise UserError(f"{option} has vectors of width {found}, but the model's text encoders need {widths}.")
+    usable = all(row.isfinite().all() and row.norm(dim=-1).all() for row in rows)
+    if not usable or len(set(map(len, rows))) != 1:
+        raise UserError(f"{option}: every encoder needs the same number of vectors, all finite and none zero.")
+    return rows
+
+
+def to_pipeline_prompt(prompt: str, tokenizer) -> str:
+    """The prompt as the pipeline tokenizes it: in lower case, the new word followed by the names of its further vectors."""
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt.lower().strip(), tokenizer)
+
+
+def encode_prompts(models: Models, prompts: list[str], padding: str = "longest") -> tuple[torch.Tensor, torch.Tensor]:
+    """SANA's conditioning as the pipeline computes it: prompt embeddings (B, L, d) and their mask (B, L).
+
+    The pipeline pads every prompt to `max_length`. The encoder is causal and what is padded is masked, so padding to
+    the longest prompt of the batch gives the same for a fraction of the work; `padding="max_length"` gives all of it.
+    A prompt that occurs several times is encoded once.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    tokenizer, encoder = models.tokenizers[0], models.text_encoders[0]
+    texts = [models.instruction + to_pipeline_prompt(prompt, tokenizer) for prompt in distinct]
+    options = {"max_length": models.max_length, "truncation": True, "return_tensors": "pt"}
+    inputs = tokenizer(texts, padding=padding, **options).to(encoder.device)
+    embeds = encoder(inputs.input_ids, attention_mask=inputs.attention_mask)[0]
+    # SanaPipeline keeps <bos> and the last max_sequence_length - 1 positions: the instruction itself is dropped.
+    start = models.max_length - models.args.max_sequence_length + 1
+    kept = [0, *range(start, inputs.input_ids.shape[1])]
+    index = torch.tensor([distinct.index(prompt) for prompt in prompts], device=embeds.device)
+    return embeds[:, kept][index], inputs.attention_mask[:, kept][index]
+
+
+def size_conditioning(size: tuple[int, int], view: View, resolution: int) -> dict[str, torch.Tensor]:
+    """Nothing: SANA is not told of sizes and crops."""
+    return {}
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderDC, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scaled latents (B, C, R/32, R/32) of images (B, 3, R, R) in [-1, 1], in float32. They are deterministic."""
+    return {"latents": vae.encode(pixel_values.to(vae.device)).latent * vae.config.scaling_factor}
+
+
+# Copied from train_dti_sdxl.cache_latents
+def cache_latents(models: Models, photographs, args, seed: int, device: torch.device) -> list[list[dict]]:
+    """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each."""
+    models.vae.to(device)
+    cache = []
+    for index, record in enumerate(tqdm(photographs["image"], desc="Encoding photographs", leave=False)):
+        rng = np.random.default_rng([seed, 3, index])
+        image = open_image(record)
+        views = dict.fromkeys(draw_view(image.size, args, rng) for _ in range(args.crops_per_image))
+        examples = []
+        for view in views:
+            latents = encode_images(models.vae, render_view(image, view, args.resolution)[None])
+            sizes = size_conditioning(image.size, view, args.resolution)
+            examples.append({**{name: x[0].cpu() for name, x in latents.items()}, **sizes})
+        cache.append(examples)
+    models.vae.to("cpu")
+    free_memory()
+    return cache
+
+
+def diffusion_loss(models: Models, batch: dict, generator: torch.Generator) -> torch.Tensor:
+    """L_data: flow matching with the scheduler's sigmas, timesteps drawn and weighted as in SD3. A float32 scalar."""
+    latents = batch["latents"] if "latents" in batch else encode_images(models.vae, batch["pixel_values"])["latents"]
+    args, draw = models.args, {"generator": generator, "device": latents.device}
+    noise = torch.randn(latents.shape, **draw)
+    density = {"logit_mean": args.logit_mean, "logit_std": args.logit_std, "mode_scale": args.mode_scale}
+    u = compute_density_for_timestep_sampling(args.weighting_scheme, len(latents), **density, **draw)
+    index = (u * len(models.timesteps)).long().clamp(max=len(models.timesteps) - 1)
+    timesteps, sigmas = models.timesteps[index], models.sigmas[index].view(-1, 1, 1, 1)
+    # x_t = (1 - sigma) x + sigma noise, target = noise - x
+    noisy = (1 - sigmas) * latents + sigmas * noise
+
+    prompt_embeds, mask = encode_prompts(models, batch["prompt"])
+    prediction = models.transformer(
+        noisy.to(models.transformer.dtype),
+        encoder_hidden_states=prompt_embeds.to(models.transformer.dtype),
+        timestep=timesteps * models.transformer.config.timestep_scale,
+        encoder_attention_mask=mask,
+    ).sample
+    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
+    return (weighting * (prediction.float() - (noise - latents)).square()).mean()
+
+
+@torch.no_grad()
+def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[Image.Image]:
+    """Sample the prompt by Euler steps, with the instruction of the training. Draws from its own generators only."""
+    with missing_parts_as_user_errors(args):
+        shipped = NOISE_SCHEDULER.load_config(
+            args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
+        )
+    # SANA ships a DPM-Solver's configuration, which calls the same number another name.
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shipped.get("shift", shipped.get("flow_shift", 1.0)))
+    pipeline = SanaPipeline(models.tokenizers[0], models.text_encoders[0], models.vae, models.transformer, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    device = models.transformer.device
+    images = []
+    for index in range(args.num_validation_images):
+        # Decoded here and not in the pipeline: the VAE is in float32 whatever the transformer is in.
+        latents = pipeline(
+            prompt=to_pipeline_prompt(prompt, models.tokenizers[0]),
+            height=args.resolution,
+            width=args.resolution,
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            generator=torch.Generator(device).manual_seed(seed + index),
+            max_sequence_length=args.max_sequence_length,
+            complex_human_instruction=[models.instruction] if models.instruction else None,
+            use_resolution_binning=False,
+            output_type="latent",
+        ).images
+        pixels = models.vae.decode(latents.float() / models.vae.config.scaling_factor).sample
+        images += pipeline.image_processor.postprocess(pixels)
+    return images
+
+
+def loading_snippet(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
+    """Python lines that load the result and draw a picture; they run as they stand."""
+    model, folder = json.dumps(args.pretrained_model_name_or_path), json.dumps(str(args.output_dir))
+    prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
+    trained_without = args.complex_human_instruction is None
+    return f"""
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    {model},
+    custom_pipeline={json.dumps(str(PIPELINE_FILE))},  # SanaPipeline and load_textual_inversion
+    trust_remote_code=True,
+    torch_dtype={dtype},
+).to("{device.type}")
+pipe.load_textual_inversion({folder})
+pipe({prompt}{", complex_human_instruction=None" if trained_without else ""}).images[0].save("picture.png")
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Saving: files that diffusers and the web tools load
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_dti_sdxl.web_name
+def web_name(placeholder: str) -> str:
+    """The placeholder as a file name on any system: the web tools take the name of the file for the trigger."""
+    return re.sub(r"[^\w.+-]+", "", placeholder).strip(".") or "embedding"
+
+
+# Copied from train_dti_sdxl.model_name
+def model_name(args: argparse.Namespace) -> str:
+    """The base model for others to read: a Hub id as it is, of a local folder only the name."""
+    name = args.pretrained_model_name_or_path
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+# Copied from train_dti_sdxl.file_metadata
+def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
+    """What model sites and people read in the file's header, by the modelspec standard."""
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{ARCHITECTURE}/textual-inversion",
+        "modelspec.title": web_name(args.placeholder_token),
+        "modelspec.trigger_phrase": args.placeholder_token,
+        "modelspec.date": datetime.date.today().isoformat(),
+        "dti.base_model": model_name(args),
+        "dti.steps": str(step),
+        **{f"dti.{k}": str(getattr(args, k)) for k in ("learning_rate", "kappa", "magnitude", "optimizer", "init")},
+    }
+
+
+# Copied from train_dti_sdxl.save_tensors
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name and rename it: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(save(tensors, metadata={"format": "pt", **metadata}))
+    temporary.replace(path)
+
+
+# Copied from train_dti_sdxl.save_embeddings
+def save_embeddings(tokens: list[LearnedToken], args: argparse.Namespace, step: int, suffix: str = "") -> None:
+    """Write each encoder's (n, d) float32 embeddings to a file for diffusers, and all of them to one for the web tools."""
+    metadata = file_metadata(args, step)
+    rows = [token.embedding().detach().cpu().clone() for token in tokens]
+    for name, embedding in zip(EMBEDDING_FILES, rows, strict=True):
+        save_tensors({args.placeholder_token: embedding}, args.output_dir / f"{name}{suffix}.safetensors", metadata)
+    web_file = args.output_dir / f"{web_name(args.placeholder_token)}{suffix}.safetensors"
+    save_tensors(dict(zip(WEB_KEYS, rows, strict=True)), web_file, metadata)
+
+
+# Copied from train_dti_sdxl.save_options
+def save_options(args: argparse.Namespace, derived: dict) -> None:
+    """Write all options, and what was computed from them, to training_options.json: enough to repeat the run."""
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "hub_token"}
+    libraries = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate, datasets)}
+    text = json.dumps({"options": options, "derived": derived, "versions": libraries}, indent=2)
+    (args.output_dir / "training_options.json").write_text(text + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Validation and logging
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_dti_sdxl.validate
+def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator, seed: int, step: int) -> None:
+    """Sample every validation prompt, and put the pictures into validation-<step>.png and the tracker."""
+    vae_device = models.vae.device
+    models.vae.to(accelerator.device)
+    prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
+    rows = [generate_images(models, prompt, args, seed) for prompt in prompts]
+    models.vae.to(vae_device)
+    free_memory()
+
+    path = args.output_dir / f"validation-{step}.png"
+    labelled_grid(rows, prompts).save(path)
+    pixels = np.stack([np.asarray(image) for row in rows for image in row])
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": list(pixels)}, step=step)
+    tqdm.write(f"Step {step}: {path}")
+
+
+# Copied from train_dti_sdxl.labelled_grid
+def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
+    """One row of pictures for each label, with the label above it."""
+    width, height = rows[0][0].size
+    bar = max(16, height // 16)
+    font = ImageFont.load_default(bar * 0.7)
+    grid = Image.new("RGB", (width * len(rows[0]), (height + bar) * len(rows)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
+        draw.text((4, row * (height + bar)), label, fill="black", font=font)
+        for column, image in enumerate(images):
+            grid.paste(image, (column * width, row * (height + bar) + bar))
+    return grid
+
+
+# Copied from train_dti_sdxl.History
+class History:
+    """The curves of a run. Values are read from the device only when an entry is added."""
+
+    def __init__(self, tokens: list[LearnedToken]):
+        self.tokens, self.entries, self.start_time = tokens, [], time.perf_counter()
+        self.previous = [token.embedding().detach().clone() for token in tokens]
+
+    def add(self, step: int, loss: float, learning_rate: float) -> dict[str, float]:
+        """Note the state after `step`: mean loss since the last entry, and per encoder norm and angles in degrees."""
+        entry = {"loss": loss, "learning_rate": learning_rate}
+        for name, token, previous in zip(ENCODERS, self.tokens, self.previous, strict=True):
+            now = token.embedding().detach()
+            entry[f"{name}/norm"] = now.norm(dim=-1).mean().item()
+            entry[f"{name}/angle_to_initializer"] = angle(now, token.prior_mean).mean().item()
+            entry[f"{name}/angle_since_last_log"] = angle(now, previous).mean().item()
+            previous.copy_(now)
+        self.entries.append({"step": step, "seconds": time.perf_counter() - self.start_time, **entry})
+        return entry
+
+    def plot(self, path: Path) -> None:
+        """Draw loss, angle to the initializer and norm against the step."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        curves = {
+            "loss": ["loss"],
+            "angle to the initializer (degrees)": [f"{name}/angle_to_initializer" for name in ENCODERS],
+            "norm of the embedding": [f"{name}/norm" for name in ENCODERS],
+        }
+        figure = Figure(figsize=(12, 3.5), layout="constrained")
+        for axes, (label, keys) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+            for key in keys:
+                steps = [entry["step"] for entry in self.entries]
+                axes.plot(steps, [entry[key] for entry in self.entries], label=key.split("/")[0])
+            axes.set(xlabel="step", ylabel=label)
+            axes.legend()
+        FigureCanvasAgg(figure).print_png(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_dti_sdxl.start_accelerator
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set up precision, processes, trackers and log output. Raises UserError."""
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
+        )
+    except ValueError as error:  # fp16 on a CPU, bf16 on a device that has none
+        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch_dtype")  # the one name that all supported versions know
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+# Copied from train_dti_sdxl.choose_seed
+def choose_seed(args: argparse.Namespace) -> int:
+    """--seed, or a fresh one that all processes share."""
+    shared = [secrets.randbits(32) if args.seed is None else args.seed]
+    broadcast_object_list(shared)
+    set_seed(shared[0])
+    return shared[0]
+
+
+# Copied from train_dti_sdxl.prepare_placeholder
+def prepare_placeholder(
+    args: argparse.Namespace, tokenizers: list
+) -> tuple[int, list[int], list[torch.Tensor | None]]:
+    """Settle the number of vectors and add the new word to the tokenizers, before any weight loads.
+
+    Returns that number, the new word's first id in each tokenizer, and each encoder's warm start. Raises UserError.
+    """
+    warm_start = [None] * len(tokenizers)
+    count = args.num_vectors
+    if args.initializer_token is not None:
+        count = count or max(len(initializer_ids(tokenizer, args.initializer_token)) for tokenizer in tokenizers)
+    if args.init_embedding is not None:
+        warm_start = read_warm_start(args.init_embedding, text_widths(args))
+        if args.num_vectors not in (None, len(warm_start[0])):
+            found = len(warm_start[0])
+            raise UserError(
+                f"--num_vectors {args.num_vectors}, but --init_embedding has {found}: leave --num_vectors out."
+            )
+        count = len(warm_start[0])
+    first_ids = [add_placeholder(tokenizer, args.placeholder_token, count) for tokenizer in tokenizers]
+    return count, first_ids, warm_start
+
+
+# Copied from train_dti_sdxl.make_optimizer
+def make_optimizer(tokens: list[LearnedToken], args: argparse.Namespace) -> torch.optim.Optimizer:
+    on_sphere = args.magnitude != "free"
+    groups = [{"params": [token.parameter], "mu": token.prior_mean if on_sphere else None} for token in tokens]
+    if args.optimizer == "rsgd":
+        return RiemannianSGD(groups, lr=args.learning_rate, kappa=args.kappa)
+    betas = (args.adam_beta1, args.adam_beta2)
+    adamw = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    return TokenAdamW(groups, lr=args.learning_rate, kappa=args.kappa, **adamw)
+
+
+# Copied from train_dti_sdxl.average_gradients
+def average_gradients(accelerator: Accelerator, tokens: list[LearnedToken]) -> None:
+    """Average over the processes before anything nonlinear happens to the gradient. It is a few kilobytes: no DDP."""
+    for token in tokens:
+        token.parameter.grad = accelerator.reduce(token.parameter.grad, reduction="mean")
+
+
+# Copied from train_dti_sdxl.distance_to_start
+def distance_to_start(tokens: list[LearnedToken]) -> torch.Tensor:
+    """Mean squared distance between embedding and start, summed over the encoders (CrossInit's regularisation)."""
+    return sum(F.mse_loss(token.embedding(), token.start) for token in tokens)
+
+
+# Copied from train_dti_sdxl.announce
+def announce(args: argparse.Namespace, derived: dict) -> None:
+    logger.info("***** Directional Textual Inversion *****")
+    for name, value in derived.items():
+        logger.info(f"  {name.replace('_', ' ')} = {value}")
+
+
+# Copied from train_dti_sdxl.report_skipped
+def report_skipped(optimizer: torch.optim.Optimizer, overflows: int) -> None:
+    """Say how often a direction was left as it was, if ever."""
+    skipped = int(sum(state["skipped"] for state in optimizer.state.values()))
+    if skipped:
+        logger.warning(f"{skipped} updates of a vector were left out: its gradient was zero or not finite.")
+    if overflows:
+        logger.warning(f"{overflows} steps were left out while fp16's gradient scale was found.")
+
+
+# Copied from train_dti_sdxl.main
+def main(argv: list[str] | None = None) -> None:
+    # Options, model folder, new word and photographs are checked before any weight loads.
+    args = parse_args(argv)
+    check_options(args)
+    accelerator = start_accelerator(args)
+    check_model(args)
+    tokenizers = load_tokenizers(args)
+    num_vectors, first_ids, warm_start = prepare_placeholder(args, tokenizers)
+    photographs = load_photographs(args)
+    prompts = prompts_by_image(photographs, args)
+    check_prompts(prompts, tokenizers, num_vectors)
+    check_images(photographs, args.resolution)
+    seed = choose_seed(args)
+
+    # Models, frozen; and the new word, all that is trained.
+    device = accelerator.device
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    models = load_models(args, tokenizers, device, dtype)
+    for encoder, tokenizer, first_id, rows in zip(
+        models.text_encoders, tokenizers, first_ids, warm_start, strict=True
+    ):
+        models.tokens.append(make_token(encoder, tokenizer, first_id, num_vectors, rows, args))
+        encoder.to(dtype)
+
+    # Data.
+    cache = cache_latents(models, photographs, args, seed, device) if args.cache_latents else None
+    if cache is None:
+        models.vae.to(device)
+    data = batches(TrainingExamples(photographs, prompts, cache, seed, args), accelerator, args)
+
+    # Optimizer and schedule. The learning rate is the option's, whatever the batch.
+    optimizer = make_optimizer(models.tokens, args)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+    )
+    optimizer = accelerator.prepare(optimizer)  # fp16's gradient scaling
+
+    derived = {
+        "photographs": len(photographs),
+        "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
+        "vectors": num_vectors,
+        "magnitudes": [token.magnitude or "free" for token in models.tokens],
+        "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        "steps": args.max_train_steps,
+        "learning_rate": args.learning_rate,
+        "precision": f"{str(dtype).removeprefix('torch.')} models, float32 embedding, on {device}",
+        "seed": seed,
+    }
+    if accelerator.is_main_process:
+        announce(args, derived)
+        save_options(args, derived)
+        accelerator.init_trackers("dti", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
+
+    # Loop.
+    history, interval, overflows = History(models.tokens), [], 0
+    progress = tqdm(range(1, args.max_train_steps + 1), desc="Steps", disable=not accelerator.is_main_process)
+    for step in progress:
+        for micro_batch in range(args.gradient_accumulation_steps):
+            generator = step_generator(seed, device, step, micro_batch, accelerator.process_index)
+            loss = diffusion_loss(models, next(data), generator)
+            interval.append(loss.detach())
+            if args.reg_weight:
+                loss = loss + args.reg_weight * distance_to_start(models.tokens)
+            accelerator.backward(loss / args.gradient_accumulation_steps)
+        average_gradients(accelerator, models.tokens)
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        overflows += optimizer.step_was_skipped
+
+        last = step == args.max_train_steps
+        if step % args.logging_steps == 0 or last:
+            mean_loss = accelerator.reduce(torch.stack(interval).mean(), reduction="mean").item()
+            interval.clear()
+            entry = history.add(step, mean_loss, learning_rate)
+            accelerator.log(entry, step=step)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", angle=f"{entry['text_encoder/angle_to_initializer']:.1f}°")
+        if accelerator.is_main_process and (last or (args.save_steps and step % args.save_steps == 0)):
+            save_embeddings(models.tokens, args, step, suffix="" if last else f"-steps-{step}")
+        if accelerator.is_main_process and args.validation_prompt and (step % args.validation_steps == 0 or last):
+            validate(models, args, accelerator, seed, step)
+
+    # Results.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        history.plot(args.output_dir / "training_curves.png")
+        report_skipped(optimizer.optimizer, overflows)
+        print(f"\nSaved to {args.output_dir}. To use it:\n{loading_snippet(args, device, dtype)}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
