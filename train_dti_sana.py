@@ -49,6 +49,8 @@ import math
 import os
 import re
 import secrets
+import shutil
+import signal
 import sys
 import time
 import warnings
@@ -64,7 +66,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import (
     AutoencoderDC,
     DiffusionPipeline,
@@ -208,6 +210,9 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add("--lr_warmup_steps", type=number(int, 0), default=0, help="Steps over which the learning rate rises from zero.")
     add("--lr_num_cycles", type=number(int, 1), default=1, help="Restarts of cosine_with_restarts.")
     add("--save_steps", type=number(int, 1), default=None, help="Also save the embedding every so many steps, with the step in the files' names.")
+    add("--checkpointing_steps", type=number(int, 1), default=100, help="Steps between checkpoints, from which a run can be resumed. They are a few kilobytes.")
+    add("--checkpoints_total_limit", type=number(int, 1), default=None, help="Checkpoints to keep; older ones are removed. Default: all.")
+    add("--resume_from_checkpoint", default=None, help="Go on from a checkpoint: `latest` of --output_dir, or a checkpoint's folder.")
     add("--validation_prompt", action="append", default=[], help="Prompt with {} or the new word, sampled during training. May be given several times.")
     add("--validation_steps", type=number(int, 1), default=100, help="Steps between validations; there is always one at the end.")
     add("--num_validation_images", type=number(int, 1), default=4, help="Images of each validation prompt.")
@@ -791,31 +796,46 @@ class TrainingExamples(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, 1, position])
         prompt = self.prompts[index][rng.integers(len(self.prompts[index]))]
         if self.cache is not None:
-            return {"prompt": prompt, **self.cache[index][rng.integers(len(self.cache[index]))]}
+            return {"position": position, "prompt": prompt, **self.cache[index][rng.integers(len(self.cache[index]))]}
         image = open_image(self.photographs[index]["image"])
         view = draw_view(image.size, self.args, rng)
+        sizes = size_conditioning(image.size, view, self.args.resolution)
         pixels = render_view(image, view, self.args.resolution)
-        return {"prompt": prompt, "pixel_values": pixels, **size_conditioning(image.size, view, self.args.resolution)}
+        return {"position": position, "prompt": prompt, "pixel_values": pixels, **sizes}
+
+
+# Copied from train_dti_sdxl.noise_generator
+def noise_generator(seed: int, position: int) -> torch.Generator:
+    """Random numbers of the example at a position. They are drawn on the CPU, so that any device sees the same ones."""
+    state = np.random.SeedSequence([seed, 2, position]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 # Copied from train_dti_sdxl.batches
-def batches(examples: TrainingExamples, accelerator: Accelerator, args: argparse.Namespace) -> Iterator[dict]:
-    """Endless batches for this process: of each `num_processes` consecutive ones it takes its own."""
+def batches(
+    examples: TrainingExamples, accelerator: Accelerator, args: argparse.Namespace, start: int
+) -> Iterator[dict]:
+    """Endless batches for this process, from its `start`-th on, each with a generator for each example's noise.
+
+    Of each `num_processes` consecutive batches it takes its own. How the examples are divided into batches, micro-batches
+    and processes changes none of them: only their number in a step matters.
+    """
     size, rank, world = args.train_batch_size, accelerator.process_index, accelerator.num_processes
-    positions = ([(k * world + rank) * size + i for i in range(size)] for k in itertools.count())
+    positions = ([(k * world + rank) * size + i for i in range(size)] for k in itertools.count(start))
     workers = args.dataloader_num_workers if examples.cache is None else 0
     loader = torch.utils.data.DataLoader(
         examples, batch_sampler=positions, num_workers=workers, pin_memory=accelerator.device.type == "cuda"
     )
     for batch in loader:
-        yield {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        generators = [noise_generator(examples.seed, position) for position in batch.pop("position").tolist()]
+        on_device = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+        yield {**batch, **on_device, "generators": generators}
 
 
-# Copied from train_dti_sdxl.step_generator
-def step_generator(seed: int, device: torch.device, *counters: int) -> torch.Generator:
-    """The random numbers of one batch: a function of the seed and of step, micro-batch and process alone."""
-    state = np.random.SeedSequence([seed, 2, *counters]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+# Copied from train_dti_sdxl.draw_normal
+def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """Standard normal numbers of the shape (B, ...) and on the device of `like`, each row from its own generator."""
+    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1039,33 +1059,35 @@ def encode_images(vae: AutoencoderDC, pixel_values: torch.Tensor) -> dict[str, t
 
 
 # Copied from train_dti_sdxl.cache_latents
-def cache_latents(models: Models, photographs, args, seed: int, device: torch.device) -> list[list[dict]]:
-    """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each."""
-    models.vae.to(device)
-    cache = []
-    for index, record in enumerate(tqdm(photographs["image"], desc="Encoding photographs", leave=False)):
+def cache_latents(models: Models, photographs, args, seed: int, accelerator: Accelerator) -> list[list[dict]]:
+    """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each.
+
+    Several processes share the work out, and each gets the whole.
+    """
+    models.vae.to(accelerator.device)
+    encoded = []
+    share = range(accelerator.process_index, len(photographs), accelerator.num_processes)
+    for index in tqdm(share, desc="Encoding photographs", leave=False, disable=not accelerator.is_main_process):
         rng = np.random.default_rng([seed, 3, index])
-        image = open_image(record)
+        image = open_image(photographs[index]["image"])
         views = dict.fromkeys(draw_view(image.size, args, rng) for _ in range(args.crops_per_image))
         examples = []
         for view in views:
             latents = encode_images(models.vae, render_view(image, view, args.resolution)[None])
             sizes = size_conditioning(image.size, view, args.resolution)
             examples.append({**{name: x[0].cpu() for name, x in latents.items()}, **sizes})
-        cache.append(examples)
+        encoded.append((index, examples))
     models.vae.to("cpu")
     free_memory()
-    return cache
+    by_index = dict(gather_object(encoded))
+    return [by_index[index] for index in range(len(photographs))]
 
 
-def diffusion_loss(models: Models, batch: dict, generator: torch.Generator) -> torch.Tensor:
+def diffusion_loss(models: Models, batch: dict) -> torch.Tensor:
     """L_data: flow matching with the scheduler's sigmas, timesteps drawn and weighted as in SD3. A float32 scalar."""
     latents = batch["latents"] if "latents" in batch else encode_images(models.vae, batch["pixel_values"])["latents"]
-    args, draw = models.args, {"generator": generator, "device": latents.device}
-    noise = torch.randn(latents.shape, **draw)
-    density = {"logit_mean": args.logit_mean, "logit_std": args.logit_std, "mode_scale": args.mode_scale}
-    u = compute_density_for_timestep_sampling(args.weighting_scheme, len(latents), **density, **draw)
-    index = (u * len(models.timesteps)).long().clamp(max=len(models.timesteps) - 1)
+    noise = draw_normal(latents, batch["generators"])
+    index = draw_timesteps(models.args, batch["generators"], len(models.timesteps)).to(latents.device)
     timesteps, sigmas = models.timesteps[index], models.sigmas[index].view(-1, 1, 1, 1)
     # x_t = (1 - sigma) x + sigma noise, target = noise - x
     noisy = (1 - sigmas) * latents + sigmas * noise
@@ -1077,8 +1099,15 @@ def diffusion_loss(models: Models, batch: dict, generator: torch.Generator) -> t
         timestep=timesteps * models.transformer.config.timestep_scale,
         encoder_attention_mask=mask,
     ).sample
-    weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
+    weighting = compute_loss_weighting_for_sd3(models.args.weighting_scheme, sigmas)
     return (weighting * (prediction.float() - (noise - latents)).square()).mean()
+
+
+def draw_timesteps(args: argparse.Namespace, generators: list[torch.Generator], steps: int) -> torch.Tensor:
+    """Indices (B,) into the scheduler's timesteps, each from its own generator, by --weighting_scheme."""
+    density = {"logit_mean": args.logit_mean, "logit_std": args.logit_std, "mode_scale": args.mode_scale}
+    u = [compute_density_for_timestep_sampling(args.weighting_scheme, 1, **density, generator=g) for g in generators]
+    return (torch.cat(u) * steps).long().clamp(max=steps - 1)
 
 
 @torch.no_grad()
@@ -1134,7 +1163,7 @@ pipe({prompt}{", complex_human_instruction=None" if trained_without else ""}).im
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Saving: files that diffusers and the web tools load
+# 6. Saving: files that diffusers and the web tools load, and checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1166,12 +1195,25 @@ def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
     }
 
 
+# Copied from train_dti_sdxl.write_file
+def write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name and rename: a kill or a full disk leaves the old file or the new one. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. What was saved before is as it was; make room and go on with"
+            " --resume_from_checkpoint latest."
+        ) from None
+
+
 # Copied from train_dti_sdxl.save_tensors
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name and rename it: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save(tensors, metadata={"format": "pt", **metadata}))
-    temporary.replace(path)
+    write_file(path, save(tensors, metadata={"format": "pt", **metadata}))
 
 
 # Copied from train_dti_sdxl.save_embeddings
@@ -1191,7 +1233,107 @@ def save_options(args: argparse.Namespace, derived: dict) -> None:
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "hub_token"}
     libraries = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate, datasets)}
     text = json.dumps({"options": options, "derived": derived, "versions": libraries}, indent=2)
-    (args.output_dir / "training_options.json").write_text(text + "\n", encoding="utf-8")
+    write_file(args.output_dir / "training_options.json", f"{text}\n".encode())
+
+
+# What a checkpoint must have in common with the run that goes on from it. Other options may be changed on the way.
+IDENTITY = ("model", "placeholder_token", "vectors", "magnitude", "optimizer", "init", "kappa", "reg_weight", "seed")
+
+
+# Copied from train_dti_sdxl.Checkpoint
+@dataclass
+class Checkpoint:
+    """All that training changes, after `step` steps: tensors (n, d) and smaller, and what JSON can hold."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict
+
+
+# Copied from train_dti_sdxl.run_identity
+def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -> dict:
+    options = {name: getattr(args, name) for name in IDENTITY if hasattr(args, name)}
+    return {**options, "model": model_name(args), "vectors": num_vectors, "seed": seed}
+
+
+# Copied from train_dti_sdxl.checkpoint_folder
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
+
+
+# Copied from train_dti_sdxl.save_checkpoint
+def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Write checkpoint-<step> under a temporary name and rename it; then remove the oldest beyond the limit."""
+    folder = checkpoint_folder(args.output_dir, checkpoint.step)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write_file(temporary / "state.safetensors", save(checkpoint.tensors))
+        state = {"step": checkpoint.step, "written": time.time_ns(), **checkpoint.state}
+        write_file(temporary / "state.json", json.dumps(state).encode())
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror}. Earlier checkpoints are as they were."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if args.checkpoints_total_limit is not None:
+        for old, _ in find_checkpoints(args.output_dir)[args.checkpoints_total_limit :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+# Copied from train_dti_sdxl.read_checkpoint
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read a checkpoint; None, with a message, where it is incomplete or damaged."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(state["step"], load_file(folder / "state.safetensors"), state)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        logger.warning(f"{folder} is incomplete or damaged and is passed over ({type(error).__name__}).")
+        return None
+
+
+# Copied from train_dti_sdxl.find_checkpoints
+def find_checkpoints(output_dir: Path) -> list[tuple[Path, Checkpoint]]:
+    """The sound checkpoints of a folder, the one written last first: not the highest step, for that may be an older run's."""
+    found = [(folder, read_checkpoint(folder)) for folder in output_dir.glob("checkpoint-*") if folder.is_dir()]
+    return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1].state["written"], reverse=True)
+
+
+# Copied from train_dti_sdxl.choose_checkpoint
+def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to begin. Raises UserError for none such or one of another run."""
+    if args.resume_from_checkpoint is None:
+        return None
+    option, wanted = f"--resume_from_checkpoint {args.resume_from_checkpoint}", args.resume_from_checkpoint
+    folder = args.output_dir if wanted == "latest" else Path(wanted).parent
+    if wanted != "latest" and not Path(wanted).is_dir():
+        raise UserError(f"{option} does not exist: give a checkpoint's folder, or latest.")
+    sound = find_checkpoints(folder)
+    if wanted != "latest":  # it, or where it is damaged the one before
+        limit = int(re.sub(r"\D", "", Path(wanted).name) or 0)
+        sound = [pair for pair in sound if pair[1].step <= limit]
+    if not sound:
+        if wanted != "latest":
+            raise UserError(f"{option} is damaged, and there is none before it: leave the option out to begin anew.")
+        logger.warning(f"{option}: {folder} has no checkpoint, so the training begins.")
+        return None
+    path, checkpoint = sound[0]
+    identity = run_identity(args, num_vectors, args.seed)
+    if args.seed is None:
+        identity.pop("seed")  # the checkpoint's is taken
+    differs = [
+        f"{k} {checkpoint.state['identity'].get(k)!r}, not {v!r}"
+        for k, v in identity.items()
+        if v != checkpoint.state["identity"].get(k)
+    ]
+    if differs:
+        raise UserError(f"{option}: {path} is of another run: {'; '.join(differs)}.")
+    logger.info(f"Going on from {path}")
+    return checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1210,7 +1352,8 @@ def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator,
     free_memory()
 
     path = args.output_dir / f"validation-{step}.png"
-    labelled_grid(rows, prompts).save(path)
+    labelled_grid(rows, prompts).save(content := io.BytesIO(), format="png")
+    write_file(path, content.getvalue())
     pixels = np.stack([np.asarray(image) for row in rows for image in row])
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -1255,6 +1398,13 @@ class History:
         self.entries.append({"step": step, "seconds": time.perf_counter() - self.start_time, **entry})
         return entry
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take up the curves where the checkpoint left them."""
+        self.entries = checkpoint.state["entries"]
+        self.start_time = time.perf_counter() - checkpoint.state["seconds"]
+        for index, previous in enumerate(self.previous):
+            previous.copy_(checkpoint.tensors[f"previous.{index}"])
+
     def plot(self, path: Path) -> None:
         """Draw loss, angle to the initializer and norm against the step."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -1272,7 +1422,8 @@ class History:
                 axes.plot(steps, [entry[key] for entry in self.entries], label=key.split("/")[0])
             axes.set(xlabel="step", ylabel=label)
             axes.legend()
-        FigureCanvasAgg(figure).print_png(path)
+        FigureCanvasAgg(figure).print_png(content := io.BytesIO())
+        write_file(path, content.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1301,9 +1452,10 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 # Copied from train_dti_sdxl.choose_seed
-def choose_seed(args: argparse.Namespace) -> int:
-    """--seed, or a fresh one that all processes share."""
-    shared = [secrets.randbits(32) if args.seed is None else args.seed]
+def choose_seed(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
+    """--seed, the checkpoint's, or a fresh one that all processes share."""
+    seed = args.seed if checkpoint is None else checkpoint.state["identity"]["seed"]
+    shared = [secrets.randbits(32) if seed is None else seed]
     broadcast_object_list(shared)
     set_seed(shared[0])
     return shared[0]
@@ -1344,17 +1496,117 @@ def make_optimizer(tokens: list[LearnedToken], args: argparse.Namespace) -> torc
     return TokenAdamW(groups, lr=args.learning_rate, kappa=args.kappa, **adamw)
 
 
-# Copied from train_dti_sdxl.average_gradients
-def average_gradients(accelerator: Accelerator, tokens: list[LearnedToken]) -> None:
-    """Average over the processes before anything nonlinear happens to the gradient. It is a few kilobytes: no DDP."""
-    for token in tokens:
-        token.parameter.grad = accelerator.reduce(token.parameter.grad, reduction="mean")
-
-
 # Copied from train_dti_sdxl.distance_to_start
 def distance_to_start(tokens: list[LearnedToken]) -> torch.Tensor:
     """Mean squared distance between embedding and start, summed over the encoders (CrossInit's regularisation)."""
     return sum(F.mse_loss(token.embedding(), token.start) for token in tokens)
+
+
+# Copied from train_dti_sdxl.Training
+class Training:
+    """What changes from step to step, for the loop to advance and for checkpoints to hold."""
+
+    def __init__(self, tokens: list[LearnedToken], args: argparse.Namespace, accelerator: Accelerator):
+        self.tokens, self.accelerator = tokens, accelerator
+        self.optimizer = make_optimizer(tokens, args)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+        )
+        self.scaled_optimizer = accelerator.prepare(self.optimizer)  # with fp16's gradient scaling
+        self.history = History(tokens)
+        self.losses = []  # since the last log entry
+        self.overflows = 0
+
+    def step(self) -> None:
+        """One optimization step on the gradients averaged over the processes, before anything nonlinear happens to them."""
+        for token in self.tokens:  # a few kilobytes: no DDP
+            token.parameter.grad = self.accelerator.reduce(token.parameter.grad, reduction="mean")
+        self.scaled_optimizer.step()
+        self.scaled_optimizer.zero_grad()
+        self.lr_scheduler.step()
+        self.overflows += self.scaled_optimizer.step_was_skipped
+
+    def mean_losses(self) -> torch.Tensor:
+        """The losses since the last log entry, one a micro-batch, averaged over the processes."""
+        losses = torch.stack(self.losses) if self.losses else torch.zeros(0, device=self.accelerator.device)
+        return self.accelerator.reduce(losses, reduction="mean")
+
+    def checkpoint(self, step: int, identity: dict) -> Checkpoint:
+        """The state after `step` steps. All processes must call it."""
+        tensors = {f"parameter.{i}": token.parameter.detach() for i, token in enumerate(self.tokens)}
+        tensors |= {f"start.{i}": token.start for i, token in enumerate(self.tokens)}
+        tensors |= {f"previous.{i}": rows for i, rows in enumerate(self.history.previous)}
+        for i, token in enumerate(self.tokens):
+            tensors |= {f"optimizer.{i}.{name}": x for name, x in self.optimizer.state[token.parameter].items()}
+        tensors["losses"] = self.mean_losses()
+        schedule = {
+            k: v for k, v in self.lr_scheduler.state_dict().items() if k in ("last_epoch", "_step_count", "_last_lr")
+        }
+        state = {
+            "identity": identity,
+            "lr_scheduler": schedule,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "overflows": int(self.overflows),
+            "entries": self.history.entries,
+            "seconds": time.perf_counter() - self.history.start_time,
+        }
+        return Checkpoint(step, {name: x.cpu().clone().contiguous() for name, x in tensors.items()}, state)
+
+    @torch.no_grad()
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint. Raises UserError where it is not of this model."""
+        for i, token in enumerate(self.tokens):
+            if not torch.equal(checkpoint.tensors[f"start.{i}"], token.start.cpu()):
+                raise UserError(
+                    "--resume_from_checkpoint: the checkpoint began elsewhere, with another model or initializer."
+                )
+            token.parameter.copy_(checkpoint.tensors[f"parameter.{i}"])
+            state = {k.split(".", 2)[2]: x for k, x in checkpoint.tensors.items() if k.startswith(f"optimizer.{i}.")}
+            self.optimizer.state[token.parameter] = {
+                k: x if k == "step" else x.to(token.start.device) for k, x in state.items()
+            }
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **checkpoint.state["lr_scheduler"]})
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.overflows = checkpoint.state["overflows"]
+        self.losses = list(checkpoint.tensors["losses"].to(self.accelerator.device))
+        self.history.resume(checkpoint)
+
+
+# Copied from train_dti_sdxl.Interruption
+class Interruption:
+    """SIGINT and SIGTERM: within the loop the step is finished and a checkpoint saved; elsewhere the script just ends."""
+
+    def __init__(self):
+        self.signal, self.in_loop = None, False
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        if not self.in_loop or self.signal is not None:  # a second one does not wait
+            print("Interrupted.", file=sys.stderr)
+            sys.exit(128 + number)
+        self.signal = number
+
+    def agreed(self, accelerator: Accelerator, step: int, args: argparse.Namespace) -> bool:
+        """Whether to stop after this step. Several processes agree on it at log steps only, where they wait anyway."""
+        if accelerator.num_processes == 1:
+            return self.signal is not None
+        if step % args.logging_steps:
+            return False
+        self.signal = max(gather_object([self.signal or 0])) or None
+        return self.signal is not None
+
+
+interruption = Interruption()
 
 
 # Copied from train_dti_sdxl.announce
@@ -1365,13 +1617,36 @@ def announce(args: argparse.Namespace, derived: dict) -> None:
 
 
 # Copied from train_dti_sdxl.report_skipped
-def report_skipped(optimizer: torch.optim.Optimizer, overflows: int) -> None:
+def report_skipped(training: Training) -> None:
     """Say how often a direction was left as it was, if ever."""
-    skipped = int(sum(state["skipped"] for state in optimizer.state.values()))
+    skipped = int(sum(state["skipped"] for state in training.optimizer.state.values()))
     if skipped:
         logger.warning(f"{skipped} updates of a vector were left out: its gradient was zero or not finite.")
-    if overflows:
-        logger.warning(f"{overflows} steps were left out while fp16's gradient scale was found.")
+    if training.overflows:
+        logger.warning(f"{training.overflows} steps were left out while fp16's gradient scale was found.")
+
+
+# Copied from train_dti_sdxl.log
+def log(training: Training, step: int, learning_rate: float, progress: tqdm) -> None:
+    """Read the values from the device, and give them to the trackers and the progress bar."""
+    loss = training.mean_losses().mean().item()
+    training.losses.clear()
+    entry = training.history.add(step, loss, learning_rate)
+    training.accelerator.log(entry, step=step)
+    progress.set_postfix(loss=f"{loss:.4f}", angle=f"{entry[f'{ENCODERS[0]}/angle_to_initializer']:.1f}°")
+
+
+# Copied from train_dti_sdxl.leave
+def leave(accelerator: Accelerator, step: int, args: argparse.Namespace) -> None:
+    """End an interrupted run, whose checkpoint is saved, as the shell expects: status 130 or 143."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        tqdm.write(
+            f"Stopped after step {step} of {args.max_train_steps}. The same command with --resume_from_checkpoint latest"
+            f" goes on from {checkpoint_folder(args.output_dir, step)}."
+        )
+    accelerator.end_training()
+    sys.exit(128 + interruption.signal)
 
 
 # Copied from train_dti_sdxl.main
@@ -1387,7 +1662,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = prompts_by_image(photographs, args)
     check_prompts(prompts, tokenizers, num_vectors)
     check_images(photographs, args.resolution)
-    seed = choose_seed(args)
+    checkpoint = choose_checkpoint(args, num_vectors)
+    seed = choose_seed(args, checkpoint)
 
     # Models, frozen; and the new word, all that is trained.
     device = accelerator.device
@@ -1399,22 +1675,18 @@ def main(argv: list[str] | None = None) -> None:
         models.tokens.append(make_token(encoder, tokenizer, first_id, num_vectors, rows, args))
         encoder.to(dtype)
 
+    # Optimizer and schedule. The learning rate is the option's, whatever the batch.
+    training, first_step = Training(models.tokens, args, accelerator), 1
+    if checkpoint is not None:
+        training.resume(checkpoint)
+        first_step = checkpoint.step + 1
+
     # Data.
-    cache = cache_latents(models, photographs, args, seed, device) if args.cache_latents else None
+    cache = cache_latents(models, photographs, args, seed, accelerator) if args.cache_latents else None
     if cache is None:
         models.vae.to(device)
-    data = batches(TrainingExamples(photographs, prompts, cache, seed, args), accelerator, args)
-
-    # Optimizer and schedule. The learning rate is the option's, whatever the batch.
-    optimizer = make_optimizer(models.tokens, args)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-    )
-    optimizer = accelerator.prepare(optimizer)  # fp16's gradient scaling
+    examples = TrainingExamples(photographs, prompts, cache, seed, args)
+    data = batches(examples, accelerator, args, start=(first_step - 1) * args.gradient_accumulation_steps)
 
     derived = {
         "photographs": len(photographs),
@@ -1422,7 +1694,7 @@ def main(argv: list[str] | None = None) -> None:
         "vectors": num_vectors,
         "magnitudes": [token.magnitude or "free" for token in models.tokens],
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        "steps": args.max_train_steps,
+        "steps": f"{first_step} to {args.max_train_steps}",
         "learning_rate": args.learning_rate,
         "precision": f"{str(dtype).removeprefix('torch.')} models, float32 embedding, on {device}",
         "seed": seed,
@@ -1433,45 +1705,52 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.init_trackers("dti", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
     # Loop.
-    history, interval, overflows = History(models.tokens), [], 0
-    progress = tqdm(range(1, args.max_train_steps + 1), desc="Steps", disable=not accelerator.is_main_process)
+    identity = run_identity(args, num_vectors, seed)
+    steps = range(first_step, args.max_train_steps + 1)
+    progress = tqdm(
+        steps, "Steps", disable=not accelerator.is_main_process, initial=first_step - 1, total=args.max_train_steps
+    )
+    interruption.in_loop = True
     for step in progress:
-        for micro_batch in range(args.gradient_accumulation_steps):
-            generator = step_generator(seed, device, step, micro_batch, accelerator.process_index)
-            loss = diffusion_loss(models, next(data), generator)
-            interval.append(loss.detach())
+        for _ in range(args.gradient_accumulation_steps):
+            loss = diffusion_loss(models, next(data))
+            training.losses.append(loss.detach())
             if args.reg_weight:
                 loss = loss + args.reg_weight * distance_to_start(models.tokens)
             accelerator.backward(loss / args.gradient_accumulation_steps)
-        average_gradients(accelerator, models.tokens)
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad()
-        lr_scheduler.step()
-        overflows += optimizer.step_was_skipped
+        learning_rate = training.lr_scheduler.get_last_lr()[0]
+        training.step()
 
         last = step == args.max_train_steps
+        stop = interruption.agreed(accelerator, step, args)
         if step % args.logging_steps == 0 or last:
-            mean_loss = accelerator.reduce(torch.stack(interval).mean(), reduction="mean").item()
-            interval.clear()
-            entry = history.add(step, mean_loss, learning_rate)
-            accelerator.log(entry, step=step)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", angle=f"{entry['text_encoder/angle_to_initializer']:.1f}°")
-        if accelerator.is_main_process and (last or (args.save_steps and step % args.save_steps == 0)):
-            save_embeddings(models.tokens, args, step, suffix="" if last else f"-steps-{step}")
-        if accelerator.is_main_process and args.validation_prompt and (step % args.validation_steps == 0 or last):
+            log(training, step, learning_rate, progress)
+        if step % args.checkpointing_steps == 0 or last or stop:
+            state = training.checkpoint(step, identity)
+            if accelerator.is_main_process:
+                save_checkpoint(state, args)
+        if stop:
+            leave(accelerator, step, args)
+        if accelerator.is_main_process and args.save_steps and step % args.save_steps == 0 and not last:
+            save_embeddings(models.tokens, args, step, suffix=f"-steps-{step}")
+        if accelerator.is_main_process and args.validation_prompt and step % args.validation_steps == 0 and not last:
             validate(models, args, accelerator, seed, step)
+    interruption.in_loop = False
 
     # Results.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        history.plot(args.output_dir / "training_curves.png")
-        report_skipped(optimizer.optimizer, overflows)
+        save_embeddings(models.tokens, args, args.max_train_steps)
+        training.history.plot(args.output_dir / "training_curves.png")
+        if args.validation_prompt:
+            validate(models, args, accelerator, seed, args.max_train_steps)
+        report_skipped(training)
         print(f"\nSaved to {args.output_dir}. To use it:\n{loading_snippet(args, device, dtype)}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
+    interruption.listen()
     try:
         main()
     except UserError as error:

@@ -242,20 +242,29 @@ def test_processes_share_out_the_same_sequence(examples):
         def __init__(self, rank, world):
             self.process_index, self.num_processes, self.device = rank, world, torch.device("cpu")
 
-    def prompts(rank, world, size, count):
+    def shares(rank, world, size, count, start=0):
         args = argparse.Namespace(train_batch_size=size, dataloader_num_workers=0)
-        stream = script.batches(examples, Process(rank, world), args)
-        return [next(stream)["prompt"] for _ in range(count)]
+        stream = script.batches(examples, Process(rank, world), args, start)
+        return [seen(next(stream)) for _ in range(count)]
 
-    alone = [prompt for batch in prompts(0, 1, 4, 3) for prompt in batch]
-    first, second = prompts(0, 2, 2, 3), prompts(1, 2, 2, 3)
-    assert [prompt for pair in zip(first, second, strict=True) for batch in pair for prompt in batch] == alone
+    def seen(batch):
+        noise = [generator.initial_seed() for generator in batch["generators"]]
+        return list(zip(batch["prompt"], map(torch.Tensor.tolist, batch["time_ids"]), noise, strict=True))
+
+    alone = sum(shares(0, 1, 4, 3), [])
+    both = zip(shares(0, 2, 2, 3), shares(1, 2, 2, 3), strict=True)
+    assert [example for pair in both for batch in pair for example in batch] == alone
+    assert sum(shares(0, 1, 4, 2, start=1), []) == alone[4:]  # a resumed run
+    assert len({noise for _, _, noise in alone}) == 12
 
 
-def test_noise_differs_by_step_micro_batch_and_process_and_repeats():
-    def draw(*counters):
-        return torch.randn(4, generator=script.step_generator(0, torch.device("cpu"), *counters)).tolist()
+def test_each_example_has_noise_of_its_own_that_repeats():
+    like = torch.zeros(3, 4, 2, 2)
 
-    draws = [draw(*counters) for counters in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]]
-    assert len({tuple(d) for d in draws}) == 4
-    assert draw(1, 0, 0) == draws[0]
+    def draw(*positions):
+        return script.draw_normal(like[: len(positions)], [script.noise_generator(0, p) for p in positions])
+
+    noise = draw(0, 1, 2)
+    assert noise.shape == like.shape and len({float(row[0, 0, 0]) for row in noise}) == 3
+    assert torch.equal(draw(2)[0], noise[2])
+    assert not torch.equal(script.draw_normal(like[:1], [script.noise_generator(1, 0)])[0], noise[0])

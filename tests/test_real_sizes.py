@@ -152,7 +152,7 @@ def check_a_step(script, models, args, widths, latent_shape):
 
     before = [token.parameter.detach().clone() for token in models.tokens]
     optimizer = script.make_optimizer(models.tokens, argparse.Namespace(**vars(args), learning_rate=0.1))
-    loss = script.diffusion_loss(models, batch, torch.Generator().manual_seed(0))
+    loss = script.diffusion_loss(models, {**batch, "generators": [torch.Generator().manual_seed(0)]})
     loss.backward()
     optimizer.step()
     assert loss.isfinite()

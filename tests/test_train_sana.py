@@ -27,6 +27,10 @@ def trainer():
     return script
 
 
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def embedding(folder: Path, name: str = "learned_embeds") -> torch.Tensor:
     return load_file(folder / f"{name}.safetensors")["<my-pot>"]
 
@@ -208,7 +212,8 @@ def test_short_padding_gives_the_loss_and_gradient_of_all_positions(loaded, monk
             return embeds, mask
 
         monkeypatch.setattr(script, "encode_prompts", watched)
-        loss = script.diffusion_loss(models, {"latents": latents, "prompt": PROMPTS}, torch.Generator().manual_seed(1))
+        batch = {"latents": latents, "prompt": PROMPTS, "generators": generators(1, 2, 3)}
+        loss = script.diffusion_loss(models, batch)
         models.tokens[0].parameter.grad = None
         loss.backward()
         return loss.detach(), models.tokens[0].parameter.grad
@@ -243,11 +248,11 @@ def test_the_loss_is_flow_matching_at_the_schedulers_sigmas(loaded, small, schem
         seen.update(noisy=inputs[0], timestep=kwargs["timestep"], prediction=output.sample)
 
     hook = models.transformer.register_forward_hook(forward, with_kwargs=True)
-    loss = script.diffusion_loss(models, {"latents": latents, "prompt": PROMPTS[:2]}, torch.Generator().manual_seed(1))
+    loss = script.diffusion_loss(models, {"latents": latents, "prompt": PROMPTS[:2], "generators": generators(1, 2)})
     hook.remove()
 
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(latents.shape, generator=generator)
+    again = generators(1, 2)
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in again])
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(small / "sana", subfolder="scheduler")
     sigma = seen["timestep"].view(-1, 1, 1, 1) / scheduler.config.num_train_timesteps
     torch.testing.assert_close(seen["noisy"], (1 - sigma) * latents + sigma * noise)
@@ -255,7 +260,7 @@ def test_the_loss_is_flow_matching_at_the_schedulers_sigmas(loaded, small, schem
     expected = (weight * (seen["prediction"] - (noise - latents)) ** 2).mean()
     torch.testing.assert_close(loss, expected)
     if scheme == "none":
-        u = torch.rand(2, generator=generator)
+        u = torch.cat([torch.rand(1, generator=generator) for generator in again])
         torch.testing.assert_close(seen["timestep"], scheduler.timesteps[(u * 1000).long()])
 
 
