@@ -1643,7 +1643,8 @@ def leave(accelerator: Accelerator, step: int, args: argparse.Namespace) -> None
     if accelerator.is_main_process:
         tqdm.write(
             f"Stopped after step {step} of {args.max_train_steps}. The same command with --resume_from_checkpoint latest"
-            f" goes on from {checkpoint_folder(args.output_dir, step)}."
+            f" goes on from {checkpoint_folder(args.output_dir, step)}.",
+            file=sys.stderr,
         )
     accelerator.end_training()
     sys.exit(128 + interruption.signal)
