@@ -29,7 +29,7 @@ Written to --output_dir: `learned_embeds.safetensors` and `learned_embeds_2.safe
 `<placeholder>.safetensors` for ComfyUI, AUTOMATIC1111 and the like, `training_curves.png`, `training_options.json`, and
 `validation-*.png` for each --validation_prompt. The lines that load the result are printed at the end.
 
-Sections: 1 options, 2 sphere, 3 token, 4 data, 5 Stable Diffusion XL, 6 saving, 7 validation and logging, 8 main.
+Sections: 1 options, 2 sphere, 3 token, 4 data, 5 Stable Diffusion XL, 6 saving and sharing, 7 validation and logging, 8 main.
 """
 
 import argparse
@@ -45,6 +45,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -53,6 +54,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import accelerate
 import datasets
@@ -75,6 +77,10 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
 from diffusers.utils import check_min_version
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import get_session, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -170,7 +176,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a Stable Diffusion XL pipeline in diffusers' format.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
-    add("--hub_token", default=None, help="Token for gated or private models and data sets. Better: log in once with `hf auth login`.")
+    add("--hub_token", default=None, help="Token for gated or private models and data sets and for --push_to_hub. Better: log in once with `hf auth login`.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). The VAE encodes and the embedding is trained in float32 always.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere and newer GPUs.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations of the UNet and the text encoders in the backward pass: less memory, slower.")
@@ -202,6 +208,14 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="Tracker that gets the curves and the validation images.")
 
 
+def add_sharing_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sharing").add_argument
+    add("--push_to_hub", action="store_true", help="At the end upload the embedding, a model card and the last validation images to the Hub: kilobytes; no photographs and no model.")
+    add("--hub_model_id", default=None, help="Repository to upload to, such as my-name/my-dog. Default: the name of --output_dir, in the account of the token.")
+    add("--hub_private_repo", action="store_true", help="Make the repository a private one.")
+    add("--license", default=None, help="License that the model card states, by the Hub's identifier, such as cc-by-4.0. Default: none is stated.")
+
+
 # fmt: on
 
 
@@ -217,6 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_options(parser)
     add_model_options(parser)
     add_loop_options(parser)
+    add_sharing_options(parser)
     return parser
 
 
@@ -796,6 +811,15 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 EMBEDDING_FILES = ("learned_embeds", "learned_embeds_2")  # diffusers' names, in the order of ENCODERS
 WEB_KEYS = ("clip_l", "clip_g")  # the keys of both encoders in the one file of AUTOMATIC1111, ComfyUI and others
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
+CARD_TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
+SHARED_CODE = {}  # a stock pipeline loads the embedding
+WEB_USE = """\
+Download [`{file}`]({url}). The file's name is the word, so keep it.
+
+- ComfyUI: put it into `models/embeddings` and write `embedding:{name}` in the prompt.
+- AUTOMATIC1111, Forge: put it into `embeddings` and write `{name}`.
+- InvokeAI: add it in the model manager and write `<{name}>`.
+"""
 
 
 @dataclass
@@ -1057,9 +1081,15 @@ def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed:
     return images
 
 
-def loading_snippet(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
-    """Python lines that load the result into a stock pipeline and draw a picture; they run as they stand."""
-    model, folder = json.dumps(args.pretrained_model_name_or_path), json.dumps(str(args.output_dir))
+def loading_snippet(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, repository: str | None = None
+) -> str:
+    """Python lines that load the result into a stock pipeline and draw a picture; they run as they stand.
+
+    Of the files in --output_dir, or of those in a `repository` on the Hub.
+    """
+    model = json.dumps(model_name(args) if repository else args.pretrained_model_name_or_path)
+    folder = json.dumps(repository or str(args.output_dir))
     prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
     return f"""
 import torch
@@ -1077,7 +1107,7 @@ pipe({prompt}).images[0].save("picture.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Saving: files that diffusers and the web tools load, and checkpoints
+# 6. Saving and sharing: files that diffusers and the web tools load, checkpoints, and the Hub
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1236,6 +1266,218 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
     return checkpoint
 
 
+def repository_name(args: argparse.Namespace) -> str:
+    """What to upload to: my-name/my-dog, or my-dog in the account of the token."""
+    return args.hub_model_id or args.output_dir.resolve().name
+
+
+def check_sharing_options(args: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong without asking the Hub. Raises UserError."""
+    for name in ("hub_model_id", "hub_private_repo", "license"):
+        if getattr(args, name) and not args.push_to_hub:
+            raise UserError(
+                f"--{name} says how to push and --push_to_hub is not given: add it, or leave --{name} out."
+            )
+    if not args.push_to_hub:
+        return
+    try:
+        validate_repo_id(repository_name(args))
+    except HFValidationError as error:
+        said = (
+            f"--hub_model_id {args.hub_model_id}" if args.hub_model_id else "--push_to_hub: the name of --output_dir"
+        )
+        raise UserError(f"{said} cannot name a repository: {one_line(error)} Give a --hub_model_id.") from None
+    for path in SHARED_CODE.values():
+        if not path.is_file():
+            raise UserError(
+                f"--push_to_hub uploads {path}, which is not there: take it from where this script is from."
+            )
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, the Hub's own words where it said any."""
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0]
+
+
+def hub_problem(error: Exception, repository: str) -> str:
+    """What went wrong at the Hub, with the remedy."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token: log in with `hf auth login`"
+    if status == 401:
+        return "the Hub does not know the token (--hub_token, HF_TOKEN or the stored one): log in with `hf auth login`"
+    if status == 403:
+        return (
+            f"the token may not write to {repository} ({one_line(error)}): use a token with write permission, "
+            "or --hub_model_id of an account that is yours"
+        )
+    if status is None:
+        return f"{HfApi().endpoint} cannot be reached ({one_line(error)}): mend the connection, or push later"
+    return f"the Hub answers {status} for {repository}: {one_line(error)}"
+
+
+def open_repository(args: argparse.Namespace) -> str:
+    """Log in, make the repository unless it exists, and try that it can be written to. Returns its id. Raises UserError."""
+    api, repository = HfApi(token=args.hub_token), repository_name(args)
+    try:
+        account = api.whoami()["name"]
+        repository = repository if "/" in repository else f"{account}/{repository}"
+        api.create_repo(repository, private=args.hub_private_repo or None, exist_ok=True)
+        # An existing repository passes the line above whoever owns it. This is the first half of an upload, which asks
+        # for the right to write; a text file's content is sent in the second half, with the commit.
+        api.preupload_lfs_files(repository, [CommitOperationAdd("README.md", b"A text.")])
+        private = api.model_info(repository).private
+        card = {"repoType": "model", "content": f"---\n{card_data(args, []).to_yaml()}\n---\n"}
+        verdict = get_session().post(f"{api.endpoint}/api/validate-yaml", json=card)
+    except Exception as error:  # huggingface_hub's versions have two HTTP libraries, whose errors have no common class
+        raise UserError(f"--push_to_hub: {hub_problem(error, repository)}.") from None
+    if args.hub_private_repo and not private:
+        raise UserError(
+            f"--hub_private_repo: {repository} exists and is public. Make it private in its settings, "
+            "or give another --hub_model_id."
+        )
+    if verdict.status_code == 400:
+        errors = "; ".join(error["message"] for error in verdict.json()["errors"])
+        raise UserError(f"--license {args.license}: the Hub does not accept the model card: {errors}.")
+    return repository
+
+
+def prepare_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """Settle where to push, if at all, before anything is trained in vain. Raises UserError in every process."""
+    outcome = [None]
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            outcome = [open_repository(args)]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def save_samples(rows: list[list[Image.Image]], args: argparse.Namespace) -> None:
+    """Keep the images of each validation prompt one by one, for the card's gallery."""
+    folder = args.output_dir / "hub" / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*-*.jpg"):
+        old.unlink()
+    for prompt, images in enumerate(rows):
+        for number, image in enumerate(images):
+            image.save(folder / f"{prompt}-{number}.jpg", quality=90)  # a PNG of 1024 pixels is one or two megabytes
+
+
+def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
+    """The head of the model card, which the Hub's search and gallery read."""
+    prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
+    return ModelCardData(
+        library_name="diffusers",
+        base_model=None if Path(args.pretrained_model_name_or_path).exists() else args.pretrained_model_name_or_path,
+        license=args.license,
+        instance_prompt=args.placeholder_token,
+        widget=[{"text": prompts[int(Path(name).stem.split("-")[0])], "output": {"url": name}} for name in samples]
+        or None,
+    )
+
+
+def model_card(
+    args: argparse.Namespace, repository: str, samples: list[str], derived: dict, snippet: str
+) -> ModelCard:
+    """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
+    data, file = card_data(args, samples), f"{web_name(args.placeholder_token)}.safetensors"
+    base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
+    if data.base_model is None:
+        base, hint = (
+            f"`{model_name(args)}`",
+            f"\nPut the path or name of the model in place of `{model_name(args)}`.\n",
+        )
+    web_use = WEB_USE.format(
+        name=Path(file).stem, file=file, url=f"https://huggingface.co/{repository}/resolve/main/{quote(file)}"
+    )
+    details = {
+        **{k: derived[k] for k in ("photographs", "vectors", "steps", "total_batch_size", "precision", "seed")},
+        **{k: getattr(args, k) for k in ("learning_rate", "kappa", "magnitude", "optimizer", "init", "resolution")},
+    }
+    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in details.items())
+    text = f"""{"<Gallery />" if samples else ""}
+
+# {Path(file).stem}
+
+`{args.placeholder_token}` is a new word for {base}, learned by
+[Directional Textual Inversion](https://arxiv.org/abs/2512.13672). This repository holds the word's embedding; the model
+itself is as it was.
+
+## Trigger word
+
+Write `{args.placeholder_token}` where the prompt names the subject.
+
+## Use it with diffusers
+
+```python
+{snippet.strip()}
+```
+{hint}
+## Use it in other tools
+
+{web_use}
+## Training
+
+| | |
+| --- | --- |
+{table}
+
+All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
+"""
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    tags = ["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *CARD_TAGS]
+    return populate_model_card(card, tags=tags)
+
+
+def shareable_options(args: argparse.Namespace) -> str:
+    """training_options.json with the last part only of every path: whose home they are in concerns nobody."""
+    content = json.loads((args.output_dir / "training_options.json").read_text(encoding="utf-8"))
+    for name, value in content["options"].items():
+        if isinstance(value, str) and (isinstance(getattr(args, name), Path) or os.path.exists(value)):
+            content["options"][name] = os.path.basename(os.path.abspath(value))
+    return json.dumps(content, indent=2) + "\n"
+
+
+def fill_hub_folder(args: argparse.Namespace, repository: str, derived: dict, snippet: str) -> list[str]:
+    """Gather in --output_dir/hub what is uploaded, and nothing else. Returns the files' names there."""
+    folder = args.output_dir / "hub"
+    folder.mkdir(exist_ok=True)
+    embeddings = [f"{name}.safetensors" for name in (*EMBEDDING_FILES, web_name(args.placeholder_token))]
+    copied = {name: args.output_dir / name for name in (*embeddings, "training_curves.png")} | SHARED_CODE
+    for name, source in copied.items():
+        shutil.copyfile(source, folder / name)
+    write_file(folder / "training_options.json", shareable_options(args).encode())
+    counts = itertools.product(range(len(args.validation_prompt)), range(args.num_validation_images))
+    samples = [f"samples/{prompt}-{number}.jpg" for prompt, number in counts]
+    samples = [name for name in samples if (folder / name).is_file()]
+    card = model_card(args, repository, samples, derived, snippet)
+    write_file(folder / "README.md", str(card).encode())
+    return [*copied, "training_options.json", "README.md", *samples]
+
+
+def share(args: argparse.Namespace, repository: str, derived: dict, snippet: str) -> None:
+    """Upload embedding, card, samples and options in one commit. What it takes the place of goes. Raises UserError."""
+    files, folder = fill_hub_folder(args, repository, derived, snippet), args.output_dir / "hub"
+    api = HfApi(token=args.hub_token)
+    try:
+        gone = [name for name in api.list_repo_files(repository) if name.startswith("samples/") and name not in files]
+        operations = [CommitOperationAdd(name, folder / name) for name in files]
+        operations += [CommitOperationDelete(name) for name in gone]
+        message = f"{args.placeholder_token} after {args.max_train_steps} steps"
+        api.create_commit(repository, operations, commit_message=message)
+    except Exception as error:  # as in open_repository
+        raise UserError(
+            f"--push_to_hub: {hub_problem(error, repository)}. Nothing is lost, all files are in {args.output_dir}. "
+            f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}"
+        ) from None
+    print(f"Uploaded to {api.endpoint}/{repository}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Validation and logging
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1253,6 +1495,8 @@ def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator,
     path = args.output_dir / f"validation-{step}.png"
     labelled_grid(rows, prompts).save(content := io.BytesIO(), format="png")
     write_file(path, content.getvalue())
+    if args.push_to_hub:
+        save_samples(rows, args)
     pixels = np.stack([np.asarray(image) for row in rows for image in row])
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -1540,6 +1784,7 @@ def main(argv: list[str] | None = None) -> None:
     # Options, model folder, new word and photographs are checked before any weight loads.
     args = parse_args(argv)
     check_options(args)
+    check_sharing_options(args)
     accelerator = start_accelerator(args)
     check_model(args)
     tokenizers = load_tokenizers(args)
@@ -1548,6 +1793,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = prompts_by_image(photographs, args)
     check_prompts(prompts, tokenizers, num_vectors)
     check_images(photographs, args.resolution)
+    repository = prepare_repository(args, accelerator)
     checkpoint = choose_checkpoint(args, num_vectors)
     seed = choose_seed(args, checkpoint)
 
@@ -1580,7 +1826,7 @@ def main(argv: list[str] | None = None) -> None:
         "vectors": num_vectors,
         "magnitudes": [token.magnitude or "free" for token in models.tokens],
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        "steps": f"{first_step} to {args.max_train_steps}",
+        "steps": args.max_train_steps,
         "learning_rate": args.learning_rate,
         "precision": f"{str(dtype).removeprefix('torch.')} models, float32 embedding, on {device}",
         "seed": seed,
@@ -1633,6 +1879,8 @@ def main(argv: list[str] | None = None) -> None:
         report_skipped(training)
         print(f"\nSaved to {args.output_dir}. To use it:\n{loading_snippet(args, device, dtype)}")
     accelerator.end_training()
+    if repository and accelerator.is_main_process:
+        share(args, repository, derived, loading_snippet(args, device, dtype, repository))
 
 
 if __name__ == "__main__":

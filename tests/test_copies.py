@@ -18,6 +18,7 @@ ORIGINAL, COPY = ROOT / "train_dti_sdxl.py", ROOT / "train_dti_sana.py"
 # What each model has its own version of. Everything else that both scripts define must be the same text.
 OWN = {
     "ARCHITECTURE",
+    "CARD_TAGS",
     "EMBEDDING_FILES",
     "ENCODERS",
     "Models",
@@ -26,7 +27,9 @@ OWN = {
     "PIPELINE_CLASS",
     "PREDICTIONS",
     "RESOLUTION_STEP",
+    "SHARED_CODE",
     "WEB_KEYS",
+    "WEB_USE",
     "add_model_options",
     "diffusion_loss",
     "encode_images",
