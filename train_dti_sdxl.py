@@ -1471,9 +1471,10 @@ def share(args: argparse.Namespace, repository: str, derived: dict, snippet: str
         message = f"{args.placeholder_token} after {args.max_train_steps} steps"
         api.create_commit(repository, operations, commit_message=message)
     except Exception as error:  # as in open_repository
+        private = " --private" if args.hub_private_repo else ""  # for a repository that has gone since
         raise UserError(
             f"--push_to_hub: {hub_problem(error, repository)}. Nothing is lost, all files are in {args.output_dir}. "
-            f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}"
+            f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}{private}"
         ) from None
     print(f"Uploaded to {api.endpoint}/{repository}")
 

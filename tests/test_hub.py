@@ -221,7 +221,9 @@ def test_what_the_hub_refuses_is_said_before_any_weight_loads(hub, job, run_case
 def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(hub, job, run_cases, tmp_path):
     hub.fail = {"me/dropped/commit": None, "me/full.git/info/lfs": 403}
     names = ["dropped", "full"]
-    results = run_cases([(TOKEN, job(output_dir=tmp_path / "a folder" / name)) for name in names])
+    results = run_cases(
+        [(TOKEN, job("--hub_private_repo", output_dir=tmp_path / "a folder" / name)) for name in names]
+    )
     for name, result in zip(names, results, strict=True):
         said, out = result["said"], tmp_path / "a folder" / name
         assert result["loaded"] and "\n" not in said
@@ -233,6 +235,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(hub, job, ru
 
     # The line works, for the user who is logged in by then.
     hub.fail.clear()
+    del hub.repositories["me/dropped"]
     command = shlex.split(re.search(r"hf upload .*", results[0]["said"]).group())
     run = subprocess.run(
         [str(Path(sys.executable).parent / command[0]), *command[1:]],
@@ -240,6 +243,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(hub, job, ru
     )
     assert run.returncode == 0, run.stderr
     samples = {f"samples/{prompt}-{number}.jpg" for prompt in (0, 1) for number in (0, 1)}
+    assert hub.repositories["me/dropped"].private
     assert set(hub.repositories["me/dropped"].files) == EMBEDDINGS["sdxl"] | OTHERS | samples
 
 
