@@ -295,7 +295,7 @@ def test_only_the_total_batch_matters(train, launch, tmp_path, split):
     """The gradient is averaged before it is normalised, and noise belongs to the example: four are four, however divided."""
     whole = embeddings(train(train_batch_size=4, output_dir=tmp_path / "whole"))
     if split == "two processes":  # `accelerate launch` starts several CPU processes only through MPI
-        result = launch(launcher="torch.distributed.run --nproc_per_node 2", train_batch_size=2)
+        result = launch(launcher="torch.distributed.run --standalone --nproc_per_node 2", train_batch_size=2)
         assert result.returncode == 0, result.stderr
         assert "total batch size = 4" in result.stderr and result.stdout.count("Saved to") == 1
     else:
