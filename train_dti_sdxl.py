@@ -100,19 +100,25 @@ logger = logging.getLogger("dti")
 class UserError(Exception):
     """A mistake in what the user gave. It is shown as one line, with no traceback."""
 
+    def __str__(self) -> str:
+        # File names may hold line breaks, terminal controls and bytes that are no text: they are shown escaped.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 def number(kind: type, minimum: float, *, above: bool = False):
     """An argparse type: a finite `kind` (int or float) not below `minimum`, or strictly `above` it."""
+    maximum = 2**32 - 1 if kind is int else sys.float_info.max  # NumPy's largest seed; ample for any count
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > minimum if above else value >= minimum)):
+        if not (minimum < value <= maximum if above else minimum <= value <= maximum):
             wanted = "an integer" if kind is int else "a number"
+            limit = f" and at most {maximum:.10g}" if value > maximum else ""
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not {wanted} {'above' if above else 'of at least'} {minimum}"
+                f"{text!r} is not {wanted} {'above' if above else 'of at least'} {minimum}{limit}"
             )
         return value
 
@@ -244,6 +250,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong without reading anything but the options. Raises UserError."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, (str, Path)) and re.search("[\ud800-\udfff]", str(text)):
+                raise UserError(f"--{name} is not valid UTF-8: write it in a terminal that is set to UTF-8.")
     if args.optimizer == "rsgd" and args.magnitude == "free":
         raise UserError("--optimizer rsgd moves on a sphere and --magnitude free has none: add --optimizer adamw.")
     if args.magnitude == "free" and args.kappa:
@@ -451,6 +461,11 @@ def initializer_ids(tokenizer, initializer: str) -> list[int]:
         raise UserError(
             f"--initializer_token {initializer!r} is not in the vocabulary: give an English word for the class."
         )
+    if len(ids) > tokenizer.model_max_length - 2:
+        read = tokenizer.model_max_length - 2
+        raise UserError(
+            f"--initializer_token has {len(ids)} tokens and the encoders read {read} of a prompt: give the class word."
+        )
     return ids
 
 
@@ -461,8 +476,15 @@ def add_placeholder(tokenizer, placeholder: str, num_vectors: int) -> int:
         raise UserError(f'{option} is empty: give a new word, such as "<my-dog>".')
     if re.search(r"\s", placeholder):
         raise UserError(f"{option} has spaces in it: write {'-'.join(placeholder.split())!r}.")
-    if web_name(placeholder) in EMBEDDING_FILES:
+    if web_name(placeholder).lower() in EMBEDDING_FILES:
         raise UserError(f"{option}: the file {web_name(placeholder)}.safetensors is diffusers': choose another.")
+    if len(web_name(placeholder).encode()) > 200:  # of the 255 bytes of a file name; the step and suffixes follow
+        raise UserError(f"{option} is too long for the name of a file: shorten it.")
+    if num_vectors > tokenizer.model_max_length - 2:  # beside the start and the end
+        read = tokenizer.model_max_length - 2
+        raise UserError(
+            f"{num_vectors} vectors do not fit the {read} tokens of a prompt that the encoders read: use fewer."
+        )
     names = placeholder_names(placeholder, num_vectors)
     vocabulary = tokenizer.get_vocab()
     owner = re.sub(r"_\d+$", "", placeholder)
@@ -565,7 +587,7 @@ def built_in_templates(learnable_property: str) -> list[str]:
 def read_templates(path: Path) -> list[str]:
     """Templates of a file, one a line, empty lines left out. Raises UserError."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_templates {path} cannot be read: {error}") from None
     wrong = [line for line in lines if "{}" not in line]
@@ -577,12 +599,16 @@ def read_templates(path: Path) -> list[str]:
 
 def find_images(folder: Path) -> list[Path]:
     """Image files in a folder, by name, not looking into its subfolders. Notes what it leaves out. Raises UserError."""
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # which, unlike Path's, is False also where looking is not allowed
+        problem = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise UserError(f"--instance_data_dir {folder} {problem}: give a folder of photographs.")
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("metadata."))
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()]
-    if left_out := [repr(path.name) for path in files if path not in images]:
+    try:
+        files = sorted(path for path in folder.iterdir() if path.name not in ("metadata.jsonl", "metadata.csv"))
+    except OSError as error:
+        raise UserError(f"--instance_data_dir {folder} cannot be read: {error.strerror}.") from None
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    images = [path for path in images if os.path.isfile(path)]  # not a folder, a pipe, or a link that leads nowhere
+    if left_out := [repr(path.name) for path in sorted({*files} - {*images})]:
         logger.info(f"Not images, left out: {', '.join(left_out)}")
     if not images:
         raise UserError(f"--instance_data_dir {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
@@ -591,20 +617,21 @@ def find_images(folder: Path) -> list[Path]:
 
 def read_captions(folder: Path, column: str | None) -> dict[str, str] | None:
     """Captions by file name from the folder's metadata.jsonl or metadata.csv; None where it has neither."""
-    path = next((path for path in (folder / "metadata.jsonl", folder / "metadata.csv") if path.is_file()), None)
+    paths = (folder / "metadata.jsonl", folder / "metadata.csv")
+    path = next((path for path in paths if os.path.isfile(path)), None)
     if path is None and column is not None:
         raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv.")
     if path is None:
         return None
     column = column or "text"
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             is_csv = path.suffix == ".csv"
             rows = list(csv.DictReader(file)) if is_csv else [json.loads(line) for line in file if line.strip()]
         return {row["file_name"]: str(row[column]) for row in rows}
     except KeyError as error:
         raise UserError(f"{path} has no column {error}: it needs file_name and --caption_column {column}.") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         raise UserError(f"{path} cannot be read as rows of file_name and {column}: {error}") from None
 
 
@@ -624,7 +651,11 @@ def load_photographs(args: argparse.Namespace) -> datasets.Dataset:
         if without:
             raise UserError(f"{args.instance_data_dir}: the metadata file has no row for {without[0]!r}.")
         columns["caption"] = [captions[path.name] for path in images]
-    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+    try:
+        data = datasets.Dataset.from_dict(columns)
+    except UnicodeEncodeError as error:  # a name in another encoding, or half a character in a caption's JSON
+        raise UserError(f"{error.object!r} is not valid UTF-8: rename the file or mend the caption.") from None
+    return data.cast_column("image", datasets.Image(decode=False))
 
 
 def load_named_dataset(args: argparse.Namespace) -> datasets.Dataset:
@@ -650,9 +681,13 @@ def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
 
     With `shrink_to` a JPEG may come out smaller, its shorter side still at least so many pixels: quick, for a check.
     """
+    if record is None:
+        raise UserError("A row of the data set has no image: take it away.")
     source = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
     try:
         with Image.open(source) as image:
+            if image.format == "EPS":  # Pillow would run Ghostscript on it, for as long as the file likes
+                raise ValueError("PostScript is not read")
             if shrink_to is not None:
                 image.draft("RGB", (shrink_to, shrink_to))
             return to_rgb(ImageOps.exif_transpose(image))
@@ -662,7 +697,9 @@ def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency over white, 16-bit scaled to 8."""
+    """Any mode to RGB: transparency over white, 16-bit scaled to 8. Raises ValueError where white is nowhere defined."""
+    if image.mode == "F":  # Pillow's conversion would take 1.0 for almost black
+        raise ValueError("floating-point pixels: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow's own conversion would clip every value above 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -674,8 +711,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def check_images(photographs: datasets.Dataset, resolution: int) -> None:
     """Decode every photograph once, so that a damaged one is found before the models load. Raises UserError."""
     small = 0
-    for record in tqdm(photographs["image"], desc="Checking photographs", leave=False, disable=len(photographs) < 50):
-        small += min(open_image(record, shrink_to=resolution).size) < resolution
+    # By rows: before version 4, `datasets` would read the whole column into memory.
+    for row in tqdm(photographs, desc="Checking photographs", leave=False, disable=len(photographs) < 50):
+        small += min(open_image(row["image"], shrink_to=resolution).size) < resolution
     if small:
         logger.warning(
             f"{small} of {len(photographs)} photographs are smaller than --resolution {resolution} and will be enlarged."
@@ -694,7 +732,7 @@ def prompts_by_image(photographs: datasets.Dataset, args: argparse.Namespace) ->
         return [prompts] * len(photographs)
     captions = list(photographs["caption"])
     for caption in captions:
-        if "{}" not in caption and args.placeholder_token not in caption:
+        if not isinstance(caption, str) or ("{}" not in caption and args.placeholder_token not in caption):
             raise UserError(
                 f"The caption {caption!r} has neither {{}} nor {args.placeholder_token!r} for the new word."
             )
@@ -842,19 +880,20 @@ def check_model(args: argparse.Namespace) -> None:
     """Read the pipeline's index and the scheduler's configuration, and refuse another kind of model. Raises UserError."""
     name = args.pretrained_model_name_or_path
     option = f"--pretrained_model_name_or_path {name}"
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise UserError(
             f"{option} is a file: load it with {PIPELINE_CLASS}.from_single_file and save_pretrained a folder."
         )
-    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+    if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
     try:
-        pipeline_class = DiffusionPipeline.load_config(name, **hub_options(args)).get("_class_name")
+        pipeline_class = str(DiffusionPipeline.load_config(name, **hub_options(args)).get("_class_name"))
         prediction = NOISE_SCHEDULER.load_config(name, subfolder="scheduler", **hub_options(args)).get(
             "prediction_type"
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option} cannot be read: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{option} cannot be read: {reason}") from None
     if pipeline_class != PIPELINE_CLASS:
         remedy = f": use {OTHER_SCRIPTS[pipeline_class]}" if pipeline_class in OTHER_SCRIPTS else ""
         raise UserError(f"{option} is a {pipeline_class}; this script trains a {PIPELINE_CLASS}{remedy}.")
@@ -887,7 +926,7 @@ def missing_parts_as_user_errors(args: argparse.Namespace):
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         name = args.pretrained_model_name_or_path
         raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
 
@@ -933,8 +972,10 @@ def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device
 def read_warm_start(path: Path, widths: list[int]) -> list[torch.Tensor]:
     """The (n, d) embeddings of a finished file or folder, one for each text encoder. Raises UserError."""
     option = f"--init_embedding {path}"
-    path = path / f"{EMBEDDING_FILES[0]}.safetensors" if path.is_dir() else path
+    path = path / f"{EMBEDDING_FILES[0]}.safetensors" if os.path.isdir(path) else path
     try:
+        if not os.path.isfile(path):  # or reading a pipe would wait for ever
+            raise FileNotFoundError(f"{path} is not a file")
         state = load_file(path)
         if set(state) == set(WEB_KEYS):
             rows = [state[key] for key in WEB_KEYS]
@@ -947,10 +988,13 @@ def read_warm_start(path: Path, widths: list[int]) -> list[torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{option} cannot be read as safetensors: {error}") from None
     rows = [torch.atleast_2d(row) for row in rows]
+    if not all(row.is_floating_point() and row.ndim == 2 for row in rows):
+        raise UserError(f"{option} holds something else than rows of floating-point numbers.")
+    rows = [row.float() for row in rows]
     found = [row.shape[-1] for row in rows]
     if found != widths:
         raise UserError(f"{option} has vectors of width {found}, but the model's text encoders need {widths}.")
-    usable = all(row.isfinite().all() and row.norm(dim=-1).all() for row in rows)
+    usable = all(len(row) and row.isfinite().all() and row.norm(dim=-1).all() for row in rows)
     if not usable or len(set(map(len, rows))) != 1:
         raise UserError(f"{option}: every encoder needs the same number of vectors, all finite and none zero.")
     return rows
@@ -1119,7 +1163,7 @@ def web_name(placeholder: str) -> str:
 def model_name(args: argparse.Namespace) -> str:
     """The base model for others to read: a Hub id as it is, of a local folder only the name."""
     name = args.pretrained_model_name_or_path
-    return Path(name).resolve().name if Path(name).exists() else name
+    return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:

@@ -82,7 +82,7 @@ CASES = [
     ({"initializer_token": None}, "Give --initializer_token .* or --init_embedding"),
     ({"initializer_token": None, "init": "contextual"}, "Give --initializer_token"),
     ({"num_vectors": 0}, "--num_vectors: '0' is not an integer of at least 1"),
-    ({"num_vectors": 90}, "shorten it \\(or --num_vectors, now 90\\)"),
+    ({"num_vectors": 90}, "90 vectors do not fit the 75 tokens of a prompt that the encoders read"),
     ({"num_vectors": 1.5}, "--num_vectors: '1.5' is not an integer"),
     ({"learning_rate": -1}, "--learning_rate: '-1' is not a number above 0"),
     ({"learning_rate": "nan"}, "--learning_rate: 'nan' is not a number above 0"),
