@@ -1,11 +1,19 @@
-"""Every mistake that a user can make ends in one clear line, with exit status not 0, before any weight loads."""
+"""Every mistake that a user can make ends in one clear line, with exit status not 0, before any weight loads.
 
+BAD_INPUT.md shows them all. `python tests/test_bad_input.py` writes it, from what the scripts say.
+"""
+
+import ast
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +21,18 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 
+import train_dti_sana
 import train_dti_sdxl as script
+
+
+TABLE = Path(__file__).with_name("BAD_INPUT.md")
+INTRODUCTION = """# Bad input, and what the training scripts say
+
+The README's job with one change each, and the line that ends it, always before any weight is loaded. The line begins with
+the script's name and `error:`. `...` stands for a folder, for the rest of a long text, and for a library's own words.
+
+Written by `python tests/test_bad_input.py`; the tests hold it up to date.
+"""
 
 
 @pytest.fixture
@@ -32,17 +51,23 @@ def bad(small, tmp_path):
         elif name == "text":
             target.mkdir()
             (target / "dog.jpg").write_text("not a picture")
-        elif name in ("no_word", "long"):
+        elif name in CAPTIONS:
             shutil.copytree(small / "photos", target)
-            caption = "a dog" if name == "no_word" else "very " * 100 + "{}"
-            rows = [{"file_name": f"{i:02d}.png", "text": caption} for i in range(5)]
-            (target / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            (target / "metadata.jsonl").write_text(CAPTIONS[name])
+        elif name == "latin1_name":
+            shutil.copytree(small / "photos", target)
+            os.rename(target / "00.png", os.fsencode(target) + b"/caf\xe9.png")
+        elif name in DATA_SETS:
+            images = {"image": datasets.Image(), "text": datasets.Value("string")}
+            columns = {"image": datasets.Value("int64")} if name == "numbers_only" else images
+            data = {column: [row[i] for row in DATA_SETS[name]] for i, column in enumerate(columns)}
+            datasets.Dataset.from_dict(data, features=datasets.Features(columns)).to_parquet(target / "train.parquet")
         elif name == "file":
             target.write_text("")
         elif name == "templates":
             target.write_text("a photo of it\n")
-        elif name == "wide":
-            save_file({"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}, target)
+        elif name in EMBEDDINGS:
+            save_file(EMBEDDINGS[name], target)
         elif name in ("sana", "inpaint", "predicts_sample", "no_encoder"):
             shutil.copytree(small / "sdxl", target)
             index, scheduler = target / "model_index.json", target / "scheduler" / "scheduler_config.json"
@@ -59,6 +84,36 @@ def bad(small, tmp_path):
 
     return path
 
+
+def captions(caption: object = "a {}", count: int = 5, column: str = "text") -> str:
+    return "\n".join(json.dumps({"file_name": f"{i:02d}.png", column: caption}) for i in range(count))
+
+
+CAPTIONS = {
+    "no_word": captions("a dog"),
+    "long": captions("very " * 100 + "{}"),
+    "other_column": captions(column="caption"),
+    "row_missing": captions(count=4),
+    "half_a_character": captions("a {} \ud800"),
+    "no_rows": "[1, 2]\n",
+    "not_json": "file_name\ttext\n",
+}
+PICTURE = Image.new("RGB", (80, 80))
+DATA_SETS = {
+    "images_and_text": [(PICTURE, "a {}")],
+    "numbers_only": [(1,)],
+    "image_missing": [(PICTURE, "a {}"), (None, "a {}")],
+    "caption_missing": [(PICTURE, "a {}"), (PICTURE, None)],
+    "empty_set": [],
+}
+EMBEDDINGS = {
+    "wide": {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)},
+    "two_vectors": {"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 48)},
+    "uneven": {"clip_l": torch.ones(1, 32), "clip_g": torch.ones(2, 48)},
+    "nan": {"clip_l": torch.ones(1, 32), "clip_g": torch.full((1, 48), float("nan"))},
+    "integers": {"clip_l": torch.ones(1, 32, dtype=torch.int64), "clip_g": torch.ones(1, 48)},
+    "other_keys": {"a": torch.ones(1, 32), "b": torch.ones(1, 48)},
+}
 
 # What is changed in the small job (a value beginning with @ names one of the paths above), and what the message says.
 CASES = [
@@ -83,6 +138,8 @@ CASES = [
     ({"initializer_token": None, "init": "contextual"}, "Give --initializer_token"),
     ({"num_vectors": 0}, "--num_vectors: '0' is not an integer of at least 1"),
     ({"num_vectors": 90}, "90 vectors do not fit the 75 tokens of a prompt that the encoders read"),
+    ({"num_vectors": 73}, "shorten it \\(or --num_vectors, now 73\\)"),
+    ({"num_vectors": 10**10}, "--num_vectors: '10000000000' is not .* of at least 1 and at most 4294967295"),
     ({"num_vectors": 1.5}, "--num_vectors: '1.5' is not an integer"),
     ({"learning_rate": -1}, "--learning_rate: '-1' is not a number above 0"),
     ({"learning_rate": "nan"}, "--learning_rate: 'nan' is not a number above 0"),
@@ -108,22 +165,119 @@ CASES = [
     ({"init_embedding": "@wide"}, r"--init_embedding .*width \[768, 1280\].*need \[32, 48\]"),
     ({"init_embedding": "@none"}, "--init_embedding .*none cannot be read"),
     ({"report_to": "wandb", "hub_token": "hf_x"}, "--hub_token would be logged by --report_to wandb"),
+    ({"report_to": "trackio"}, "--report_to trackio needs `pip install trackio`"),
+    ({"adam_beta2": 1}, "--adam_beta2 1 must be below 1"),
+    ({"initializer_token": None, "init_embedding": "@wide", "init": "contextual"}, "--init contextual needs"),
+    ({"init_embedding": "@wide", "init": "contextual"}, "--init contextual and --init_embedding both say"),
+    ({"init_embedding": "@other_keys"}, "has the keys a, b: it needs clip_l and clip_g, or exactly one"),
+    ({"init_embedding": "@integers"}, "holds something else than rows of floating-point numbers"),
+    ({"init_embedding": "@uneven"}, "every encoder needs the same number of vectors"),
+    ({"init_embedding": "@nan"}, "all finite and none zero"),
+    ({"init_embedding": "@two_vectors", "num_vectors": 3}, "--num_vectors 3, but --init_embedding has 2"),
+    ({"placeholder_token": None}, "the following arguments are required: --placeholder_token"),
+    ({"placeholder_token": "<caf\udce9>"}, "--placeholder_token is not valid UTF-8"),
+    ({"placeholder_token": "x" * 201}, "--placeholder_token 'x*' is too long for the name of a file"),
+    ({"initializer_token": "teapot " * 80}, "--initializer_token has 80 tokens and the encoders read 75"),
+    ({"prompt_templates": "@file"}, "--prompt_templates .*file: it is empty"),
+    ({"prompt_templates": "@none"}, "--prompt_templates .*none cannot be read"),
+    ({"instance_data_dir": "@latin1_name"}, r"caf\\udce9.png' is not valid UTF-8: rename the file"),
+    ({"instance_data_dir": "@half_a_character"}, "is not valid UTF-8: rename the file or mend the caption"),
+    ({"instance_data_dir": "@other_column"}, "has no column 'text': it needs file_name and --caption_column text"),
+    ({"instance_data_dir": "@row_missing"}, "the metadata file has no row for '04.png'"),
+    ({"instance_data_dir": "@no_rows"}, "metadata.jsonl cannot be read as rows of file_name and text"),
+    ({"instance_data_dir": "@not_json"}, "metadata.jsonl cannot be read as rows of file_name and text"),
+    ({"instance_data_dir": None, "dataset_name": "@none"}, "--dataset_name .*none cannot be loaded"),
+    ({"instance_data_dir": None, "dataset_name": "@numbers_only"}, "--image_column image of .* does not hold images"),
+    (
+        {"instance_data_dir": None, "dataset_name": "@images_and_text", "caption_column": "said"},
+        "--caption_column said is not one of the data set's: image, text",
+    ),
+    (
+        {"instance_data_dir": None, "dataset_name": "@caption_missing", "caption_column": "text"},
+        "The caption None has neither {}",
+    ),
+    ({"instance_data_dir": None, "dataset_name": "@image_missing"}, "A row of the data set has no image"),
+    ({"instance_data_dir": None, "dataset_name": "@empty_set"}, "--dataset_name .*empty_set cannot be loaded"),
 ]
+# Of the other script only what is its own: the rest of its checks are the same text.
+SANA_CASES = [
+    ({"resolution": 72}, "--resolution 72 is not a multiple of 32: try 64"),
+    ({"max_sequence_length": 1}, "--max_sequence_length: '1' is not an integer of at least 2"),
+    ({"max_sequence_length": 6}, "The encoders read 6 tokens, and the new word is not among them"),
+    ({"weighting_scheme": "cosine"}, "--weighting_scheme: invalid choice"),
+    ({"weighting_scheme": "logit_normal", "logit_mean": "nan"}, "--logit_mean: 'nan' is not a number of at least"),
+    ({"weighting_scheme": "mode", "mode_scale": "inf"}, "--mode_scale: 'inf' is not a number of at least -1"),
+    ({"initializer_token": "茶壺"}, "--initializer_token '茶壺' is not in the vocabulary"),
+    ({"placeholder_token": "<My-Pot>"}, "'<My-Pot>' is not found again .*: write '<my-pot>', in lower case"),
+    ({"init_embedding": "@wide"}, "has the keys clip_g, clip_l: it needs gemma, or exactly one"),
+]
+ALL = [(script, *case) for case in CASES] + [(train_dti_sana, *case) for case in SANA_CASES]
+
+# Where the words of a library begin, which differ by its version.
+FOREIGN = [
+    r"(?<=is not complete: ).*",
+    r"(?<=cannot be loaded: ).*",
+    r"(?<=cannot be read as safetensors: ).*",
+    r"(?<=as rows of file_name and text: ).*",
+    r"(?<= cannot be read: ).*",
+    r"(?<=\(choose from ).*(?=\))",
+    r"(?<=damaged or not an image \().*(?=\):)",
+]
+# Messages that no change of the small job brings about on every machine.
+ELSEWHERE = ["--mixed_precision "]
+
+
+def row(trainer, changes: dict, line: str, folders: list) -> str:
+    """The table's row: what was changed of the command, and what was printed."""
+
+    def cell(text: str) -> str:
+        for folder in folders:
+            text = text.replace(str(folder), "...")
+        text = text if len(text) <= 160 else f"{text[:80]} ... {text[-60:]}"
+        return f"`` {text} ``".replace("|", "\\|")
+
+    for pattern in FOREIGN:
+        line = re.sub(pattern, "...", line)
+    options = [f"without --{k}" if v is None else f"--{k} {shlex.quote(str(v))}" for k, v in changes.items()]
+    return f"| {trainer.__name__} | {cell(str(script.UserError(' '.join(options))))} | {cell(line)} |"
 
 
 @pytest.mark.parametrize(
-    "changes, message", CASES, ids=lambda value: " ".join(map(str, value)) if type(value) is dict else ""
+    "trainer, changes, message", ALL, ids=lambda value: " ".join(map(str, value)) if type(value) is dict else ""
 )
-def test_one_clear_message_before_any_weight_loads(train, bad, monkeypatch, capsys, changes, message):
-    monkeypatch.setattr(script, "load_models", lambda *args: pytest.fail("weights were loaded"))
+def test_one_clear_message_before_any_weight_loads(
+    trainer, changes, message, train, bad, small, tmp_path, monkeypatch, capsys, record_property
+):
+    monkeypatch.setattr(trainer, "load_models", lambda *args: pytest.fail("weights were loaded"))
     changes = {k: bad(v[1:]) if isinstance(v, str) and v.startswith("@") else v for k, v in changes.items()}
-    with pytest.raises((script.UserError, SystemExit)) as caught:
+    with pytest.raises((trainer.UserError, SystemExit)) as caught:
         train(**changes)
     if caught.type is SystemExit:  # argparse has printed it
         assert caught.value.code == 2
-    line = str(caught.value) if caught.type is script.UserError else capsys.readouterr().err.splitlines()[-1]
+        line = capsys.readouterr().err.splitlines()[-1].partition(": error: ")[2]
+    else:
+        line = str(caught.value)
     assert re.search(message, line), line
     assert "\n" not in line
+    expected = row(trainer, changes, line, [tmp_path, small])
+    record_property("row", expected)
+    assert expected in TABLE.read_text(encoding="utf-8"), "`python tests/test_bad_input.py` writes the table"
+
+
+def test_the_table_has_no_more_than_the_cases():
+    rows = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| train_dti")]
+    assert len(rows) == len(ALL)
+
+
+@pytest.mark.parametrize("module", [script, train_dti_sana])
+def test_the_table_has_every_message(module):
+    """By the longest stretch of each message that is written as it stands in the script."""
+    table = TABLE.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Raise) and getattr(getattr(node.exc, "func", None), "id", "") == "UserError":
+            texts = [n.value for n in ast.walk(node.exc) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            longest = max(texts, key=len)
+            assert longest in table or longest in ELSEWHERE, f"{longest!r}, line {node.lineno}: give it a case"
 
 
 @pytest.mark.parametrize("changes", [{"magnitude": "free"}, {"kappa": -1}, {"instance_data_dir": "/nowhere"}])
@@ -139,3 +293,26 @@ def test_a_user_sees_one_line_and_no_traceback(options, changes):
 def test_the_token_is_written_nowhere(train):
     out = train(hub_token="hf_secret", report_to="tensorboard")
     assert not [path for path in out.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+
+
+class Rows:
+    """A pytest plugin that gathers the rows which the tests have made."""
+
+    def __init__(self):
+        self.rows = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            self.rows += [value for name, value in report.user_properties if name == "row"]
+
+
+def write_table() -> None:
+    gathered = Rows()
+    pytest.main([__file__, "-p", "no:terminal", "-k", "one_clear_message"], plugins=[gathered])
+    head = "| script | changed | printed |\n| --- | --- | --- |\n"
+    TABLE.write_text(f"{INTRODUCTION}\n{head}" + "\n".join(gathered.rows) + "\n", encoding="utf-8")
+    print(f"{len(gathered.rows)} rows of {len(ALL)} cases written to {TABLE}")
+
+
+if __name__ == "__main__":
+    write_table()
