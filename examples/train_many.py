@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Train many subjects, each on one process, with the models loaded once a process.
+
+    accelerate launch --num_processes 4 examples/train_many.py --script train_dti_sdxl.py --subjects subjects.csv \
+      --output_dir out --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision bf16
+
+`subjects.csv` has a row for each subject, or `subjects.json` a list of objects, with the training script's option names:
+
+    instance_data_dir,placeholder_token,initializer_token
+    photos/dog,<my-dog>,dog
+    photos/plushie,<my-bear>,stuffed animal
+
+Any other option may be a column too, and options after those above are passed on for every subject. Paths are relative to
+the current folder. A subject is written to `<output_dir>/<name>`, its name being the column `name` or else its folder's.
+
+Started again, it leaves finished subjects as they are and resumes the others from their checkpoints. A subject that fails
+is reported and does not stop the rest. At the end `<output_dir>/summary.md` tells of all. It exits with status 1 if any failed.
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+
+def take_one_device() -> tuple[int, int]:
+    """This process's rank and the number of processes; from here on the process has one device and knows of no others.
+
+    Subjects have nothing to do with each other, so neither have the processes: no process group is set up.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is not None:
+        number = int(local_rank)
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            devices[number] if number < len(devices) and devices[number] else local_rank
+        )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    return rank, world
+
+
+def load_script(path: Path):
+    """Import the training script, whose `main`, `load_models` and `UserError` are used."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = script
+    spec.loader.exec_module(script)
+    return script
+
+
+def load_models_once(script) -> None:
+    """Let the script's `load_models` give the same models again where they would be the same, without the last new word."""
+    load, kept = script.load_models, {}
+
+    def load_or_reuse(args, tokenizers, device, dtype):
+        names = ("pretrained_model_name_or_path", "revision", "variant", "gradient_checkpointing", "compile")
+        names += ("pooling", "max_sequence_length", "complex_human_instruction")
+        key = (str(device), dtype, *(getattr(args, name, None) for name in names))
+        if key not in kept:
+            kept.clear()  # one set of models at a time
+            models = kept[key] = load(args, tokenizers, device, dtype)
+            models.vocabularies = [encoder.get_input_embeddings() for encoder in models.text_encoders]
+        models = kept[key]
+        for encoder, vocabulary in zip(models.text_encoders, models.vocabularies, strict=True):
+            encoder.set_input_embeddings(vocabulary)
+        models.tokenizers, models.tokens = tokenizers, []
+        if hasattr(models, "args"):
+            models.args = args
+        return models
+
+    script.load_models = load_or_reuse
+
+
+def read_subjects(path: Path) -> list[dict]:
+    """The subjects of a CSV or JSON file, each with a `name` of its own."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            subjects = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
+        for subject in subjects:
+            subject["name"] = subject.get("name") or Path(subject["instance_data_dir"]).name
+    except KeyError as error:
+        sys.exit(f"train_many.py: error: --subjects {path}: a subject has no {error}.")
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        sys.exit(f"train_many.py: error: --subjects {path} cannot be read as a list of subjects: {error}")
+    names = [subject["name"] for subject in subjects]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice or not names:
+        problem = f"{', '.join(sorted(twice))} is there twice: add a column `name`" if twice else "it has no subjects"
+        sys.exit(f"train_many.py: error: --subjects {path}: {problem}.")
+    return subjects
+
+
+def train_subject(script, subject: dict, output_dir: Path, common: list[str]) -> str:
+    """Train one subject unless it is finished. Returns what became of it."""
+    folder = output_dir / subject["name"]
+    if (folder / "learned_embeds.safetensors").is_file():
+        return "finished before"
+    options = [f"--{k}={v}" for k, v in subject.items() if k != "name" and v not in (None, "")]
+    try:
+        script.main([*common, *options, f"--output_dir={folder}", "--resume_from_checkpoint=latest"])
+    except script.UserError as error:
+        return f"failed: {error}"
+    except SystemExit as error:
+        if error.code in (130, 143):  # interrupted: go on with this subject next time
+            raise
+        return f"failed: see above (exit status {error.code})"
+    except Exception as error:  # a subject must not stop the others, whatever happens to it
+        traceback.print_exc()
+        return f"failed: {type(error).__name__}: {error}"
+    return "trained"
+
+
+def summarise(output_dir: Path, rank: int, world: int, rows: list[dict]) -> list[dict] | None:
+    """Note this process's rows; the process that is done last gathers all of them into summary.md and returns them."""
+    notes = [output_dir / f".summary-{number}-of-{world}.json" for number in range(world)]
+    temporary = notes[rank].with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows))
+    temporary.replace(notes[rank])
+    if not all(note.is_file() for note in notes):
+        return None
+    try:
+        rows = [row for note in notes for row in json.loads(note.read_text())]
+        for note in notes:
+            note.unlink()
+    except FileNotFoundError:  # another process was done at the same moment and has gathered them
+        return None
+    lines = ["| subject | result | seconds |", "| --- | --- | --- |"]
+    lines += [
+        f"| {row['name']} | {row['result']} | {row['seconds']:.0f} |" for row in sorted(rows, key=lambda r: r["name"])
+    ]
+    (output_dir / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(lines))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--script", type=Path, required=True, help="train_dti_sdxl.py or train_dti_sana.py")
+    parser.add_argument("--subjects", type=Path, required=True, help="CSV or JSON file, a subject a row.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where each subject gets a folder.")
+    args, common = parser.parse_known_args()
+    subjects = read_subjects(args.subjects)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    rank, world = take_one_device()
+    (args.output_dir / f".summary-{rank}-of-{world}.json").unlink(missing_ok=True)  # of a run that was stopped
+    script = load_script(args.script)
+    load_models_once(script)
+    script.interruption.listen()
+    rows = []
+    for subject in subjects[rank::world]:
+        start = time.perf_counter()
+        result = train_subject(script, subject, args.output_dir, common)
+        print(f"{subject['name']}: {result}", flush=True)
+        rows.append({"name": subject["name"], "result": result, "seconds": time.perf_counter() - start})
+    # Only the last process tells of failures by its status: a launcher ends the others when one process fails.
+    everything = summarise(args.output_dir, rank, world, rows) or []
+    sys.exit(any(row["result"].startswith("failed") for row in everything))
+
+
+if __name__ == "__main__":
+    main()
