@@ -889,7 +889,8 @@ def batches(
 # Copied from train_dti_sdxl.draw_normal
 def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
     """Standard normal numbers of the shape (B, ...) and on the device of `like`, each row from its own generator."""
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device)
+    rows = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
+    return (rows.pin_memory() if like.is_cuda else rows).to(like.device, non_blocking=True)  # without waiting for it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1403,6 +1404,10 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
     ]
     if differs:
         raise UserError(f"{option}: {path} is of another run: {'; '.join(differs)}.")
+    if checkpoint.step > args.max_train_steps:
+        raise UserError(
+            f"{option}: {path} is beyond --max_train_steps {args.max_train_steps}: give at least {checkpoint.step}."
+        )
     logger.info(f"Going on from {path}")
     return checkpoint
 

@@ -243,6 +243,7 @@ ELSEWHERE = [
     "--resume_from_checkpoint: the checkpoint began elsewhere, with another model or initializer.",
     ". What was saved before is as it was; make room and go on with --resume_from_checkpoint latest.",
     ". Earlier checkpoints are as they were.",
+    " is beyond --max_train_steps ",
     "--push_to_hub: ",
     " cannot name a repository: ",
     " exists and is public. Make it private in its settings, or give another --hub_model_id.",

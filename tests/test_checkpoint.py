@@ -116,6 +116,16 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(train, trainer
         train(resume_from_checkpoint="latest", **changes)
 
 
+def test_a_checkpoint_beyond_the_end_is_refused_and_one_at_the_end_writes_the_results(train, trainer):
+    out = train(max_train_steps=3)
+    expected = results(out)
+    (out / "learned_embeds.safetensors").unlink()
+    train(max_train_steps=3, resume_from_checkpoint="latest")
+    assert results(out) == expected
+    with pytest.raises(trainer.UserError, match="beyond --max_train_steps 2: give at least 3"):
+        train(max_train_steps=2, resume_from_checkpoint="latest")
+
+
 def test_another_initializer_is_refused(train, trainer):
     train(max_train_steps=2)
     with pytest.raises(trainer.UserError, match="with another model or initializer"):
