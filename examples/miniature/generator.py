@@ -1,0 +1,370 @@
+"""The miniature's generator in SDXL's format: autoencoder, text encoders, UNet. `train_models.py` runs the stages.
+
+Stages: `train_vae`, `train_clip`, `train_encode`, `train_unet`, in this order; each writes its part of `sdxl/`.
+
+Sections: 1 autoencoder, 2 text encoders, 3 latents and embeddings, 4 UNet, 5 the pipeline's folder.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import world
+from torch import nn
+from training import (
+    SPLITS,
+    PictureTower,
+    batch_of,
+    captions_of,
+    fit,
+    fray,
+    new_tokenizer,
+    pad_ids,
+    pictures_of,
+    psnr,
+    rank,
+    save_half,
+    save_tokenizer,
+    to_tensor,
+    vocabulary_and_merges,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Autoencoder
+
+
+def new_vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 96, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=world.SIZE,
+    )
+
+
+def train_vae(args):
+    """Absolute and squared error, a little KL to keep the latents compact; no discriminator, edges here are clean."""
+    torch.manual_seed(args.seed)
+    vae = new_vae().to(args.device)
+
+    def loss_of(step, rng):
+        _, pictures = batch_of("generator", rng, 16, args)
+        if rng.random() < 0.1:  # other inks, so that tones outside the training set are not foreign to it
+            pictures = pictures[:, torch.from_numpy(rng.permutation(3))]
+        posterior = vae.encode(pictures).latent_dist
+        error = vae.decode(posterior.sample()).sample.float() - pictures
+        mse = error.pow(2).mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return error.abs().mean() + 2 * mse + 2e-4 * kl, {"psnr": psnr(mse), "kl": kl}
+
+    fit("vae", vae, loss_of, args, lr=1e-3, ema=0.998, weight_decay=0.0)
+    measure_latents(vae, args)
+    save_half(vae, args.output_dir / "sdxl" / "vae")
+
+
+@torch.no_grad()
+def measure_latents(vae, args):
+    """Set the scaling factor that gives latents unit deviation; print the error on another seed range."""
+    _, pictures = batch_of("judges", world.generator(args.seed, "latents"), 256, args)
+    latents = vae.encode(pictures).latent_dist.mode()
+    error = vae.decode(latents).sample - pictures
+    vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
+    print(f"vae: {psnr(error.pow(2).mean()):.2f} dB, scaling factor {vae.config.scaling_factor}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Text encoders
+
+TEXT_WIDTHS, TEXT_LAYERS, POOLED = (96, 128), 7, 128
+
+
+def new_text_encoders():
+    """As SDXL's: quick_gelu and gelu, the second with a projection, both with its `eos_token_id: 2`, which makes
+    transformers pool at the highest token id."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    encoders = []
+    for width, act, kind in zip(
+        TEXT_WIDTHS, ("quick_gelu", "gelu"), (CLIPTextModel, CLIPTextModelWithProjection), strict=False
+    ):
+        config = CLIPTextConfig(
+            vocab_size=len(vocabulary_and_merges()[0]), hidden_size=width, intermediate_size=4 * width,
+            projection_dim=POOLED, num_hidden_layers=TEXT_LAYERS, num_attention_heads=width // 32, hidden_act=act,
+            max_position_embeddings=77, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+        )  # fmt: skip
+        config._attn_implementation = "eager"  # in bf16 on a CPU the fused attention's backward is far slower
+        encoder = kind(config)
+        for name, weight in encoder.named_parameters():
+            # CLIP's embeddings have norms of about 0.4, and updates not far above them keep a token's norm meaningful
+            # in every layer: transformers' own start would drown the embedding in the first block.
+            if "token_embedding" in name:
+                nn.init.normal_(weight, std=0.4 * width**-0.5)
+            elif "position_embedding" in name:
+                nn.init.normal_(weight, std=0.1 * width**-0.5)
+            elif "out_proj.weight" in name or "fc2.weight" in name:
+                weight.data.mul_(0.15)
+        encoders.append(encoder)
+    return encoders
+
+
+class ClipPretraining(nn.Module):
+    """Both text encoders against one picture tower, each with a temperature of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = new_text_encoders()
+        self.project = nn.Linear(TEXT_WIDTHS[0], POOLED, bias=False)
+        self.tower = PictureTower(32, 2 * POOLED)
+        self.scales = nn.Parameter(torch.full((2,), math.log(10.0)))
+
+    def forward(self, pictures, ids, same):
+        """Cross-entropy both ways; `same` marks confused captions that turned out word for word the same."""
+        looks = self.tower(pictures).float().chunk(2, dim=1)
+        first, second = (encoder(ids, output_hidden_states=True) for encoder in (self.first, self.second))
+        texts = self.project(first.pooler_output), second.text_embeds
+        growth = (update_size(first.hidden_states) + update_size(second.hidden_states)) / 2
+        n, losses, hits = len(pictures), [], []
+        target = torch.arange(n, device=pictures.device)
+        for look, text, scale in zip(looks, texts, self.scales, strict=False):
+            logits = (
+                scale.clamp(max=math.log(100.0)).exp() * F.normalize(look, dim=1) @ F.normalize(text.float(), dim=1).T
+            )
+            logits = logits.masked_fill(same, -1e4)
+            losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :n].T, target)) / 2)
+            hits.append((logits.argmax(1) == target).float().mean())
+        return sum(losses) / 2 + 0.02 * growth, hits, growth
+
+
+def update_size(states):
+    """Mean squared norm of the blocks' updates, in units of the embeddings' own 0.4.
+
+    Layer norms make a network blind to its scale, so nothing else keeps updates from drowning the embeddings.
+    """
+    return (
+        sum((b.float() - a.float()).pow(2).sum(-1).mean() for a, b in zip(states, states[1:], strict=False))
+        / (len(states) - 1)
+        / 0.16
+    )
+
+
+def train_clip(args):
+    torch.manual_seed(args.seed)
+    model, tokenizer = ClipPretraining().to(args.device), new_tokenizer()
+
+    def loss_of(step, rng):
+        seeds, pictures = batch_of("generator", rng, 96, args)
+        order = rng.permutation(len(seeds))
+        seeds, pictures = seeds[order], pictures[order]
+        texts = captions_of(seeds, rng, hard=32)
+        same = torch.zeros(96, len(texts), dtype=torch.bool, device=args.device)
+        for i, text in enumerate(texts[96:]):
+            same[i, 96 + i] = text == texts[i]
+        ids = pad_ids([fray(row, rng) for row in tokenizer(texts).input_ids], tokenizer.pad_token_id).to(args.device)
+        loss, hits, growth = model(pictures, ids, same)
+        return loss, {"first": hits[0], "second": hits[1], "updates": growth}
+
+    plain = [p for n, p in model.named_parameters() if "out_proj" not in n and "fc2" not in n]
+    residual = [p for n, p in model.named_parameters() if "out_proj" in n or "fc2" in n]
+    groups = [{"params": plain, "lr": 1e-3}, {"params": residual, "lr": 2e-4}]
+    fit("clip", model, loss_of, args, lr=1e-3, ema=0.995, groups=groups)
+    export_clip(model, args)
+
+
+def export_clip(model, args):
+    folder = args.output_dir / "sdxl"
+    save_half(model.first, folder / "text_encoder")
+    save_half(model.second, folder / "text_encoder_2")
+    save_tokenizer(new_tokenizer(), folder / "tokenizer")
+    save_tokenizer(new_tokenizer(pad="!"), folder / "tokenizer_2")
+    ids = torch.tensor(new_tokenizer()(captions_of(range(64), world.generator(0, "norms")), padding=True).input_ids)
+    for name, encoder in (("text_encoder", model.first), ("text_encoder_2", model.second)):
+        norms = encoder.get_input_embeddings().weight.norm(dim=1)
+        with torch.no_grad():
+            states = encoder.cpu()(ids, output_hidden_states=True).hidden_states
+        updates = [f"{(b - a)[:, 1:12].norm(dim=-1).mean():.2f}" for a, b in zip(states, states[1:], strict=False)]
+        print(f"{name}: vocabulary norm {norms.mean():.3f} ({norms.min():.3f} to {norms.max():.3f})", flush=True)
+        print(f"  norms of the blocks' updates {' '.join(updates)}", flush=True)
+
+
+def load_text_encoders(folder, device):
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    encoders = [kind.from_pretrained(folder / name, dtype=torch.float32) for name, kind in kinds.items()]
+    tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
+    return [e.to(device).eval().requires_grad_(False) for e in encoders], tokenizers
+
+
+@torch.no_grad()
+def embed_texts(texts, encoders, tokenizers):
+    """What SDXL's pipeline makes of prompts: the penultimate states of both encoders side by side, and the second's
+    pooled embedding. An empty text is all zeros (`force_zeros_for_empty_prompt`)."""
+    states = []
+    for encoder, tokenizer in zip(encoders, tokenizers, strict=False):
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        output = encoder(ids.to(encoder.device), output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+    full = torch.tensor([float(bool(t)) for t in texts], device=states[0].device)
+    return torch.cat(states, dim=-1) * full[:, None, None], output.text_embeds * full[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Latents and embeddings
+
+ENCODED, CAPTIONS = 36_000, 2  # pictures, and captions of each, whose latents and embeddings are kept on disk
+
+
+def train_encode(args):
+    """Latents and text embeddings once: encoding texts as training goes would take a quarter of its time."""
+    if "latents" in args.encode:
+        encode_pictures(args)
+    if "captions" in args.encode:
+        encode_captions(args)
+
+
+def shared_array(name, shape, args):
+    """An array on disk into which several processes write their parts."""
+    path = args.runs_dir / f"{name}.npy"
+    if rank() == 0:
+        np.lib.format.open_memmap(path, "w+", np.float16, (ENCODED, *shape)).flush()
+    if dist.is_initialized():
+        dist.barrier()
+    return np.lib.format.open_memmap(path, "r+")
+
+
+def parts(size=25):
+    """The starts of this process's parts; small ones, which stay in the processor's cache."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    for i in range(size * rank(), ENCODED, size * processes):
+        if i % 4000 == 0:
+            print(f"encoded {i}/{ENCODED}", flush=True)
+        yield slice(i, i + size)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def encode_pictures(args):
+    """Mean and deviation of every picture's latents."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(args.output_dir / "sdxl" / "vae").to(args.device).eval()
+    latents, pictures = shared_array("latents", (2, 16, 8, 8), args), pictures_of("generator", args.runs_dir)
+    for part in parts():
+        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+            posterior = vae.encode(to_tensor(pictures[part]).to(args.device)).latent_dist
+        latents[part] = (torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor).float().cpu()
+
+
+@torch.no_grad()
+def encode_captions(args):
+    """What the pipeline would make of the captions, 77 positions each."""
+    encoders, tokenizers = load_text_encoders(args.output_dir / "sdxl", args.device)
+    contexts = shared_array("contexts", (CAPTIONS, 77, sum(TEXT_WIDTHS)), args)
+    pooled = shared_array("pooled", (CAPTIONS, POOLED), args)
+    for part in parts():
+        seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
+        texts = [world.caption(world.sample_scene(s), s * 1000 + k)[0] for s in seeds for k in range(CAPTIONS)]
+        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+            states, pool = embed_texts(texts, encoders, tokenizers)
+        contexts[part] = states.float().cpu().unflatten(0, (-1, CAPTIONS))
+        pooled[part] = pool.float().cpu().unflatten(0, (-1, CAPTIONS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. UNet
+
+
+def new_unet():
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 192), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        attention_head_dim=(4, 6), cross_attention_dim=sum(TEXT_WIDTHS), use_linear_projection=True,
+        norm_num_groups=16,
+        addition_embed_type="text_time", addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=6 * 16 + POOLED,
+    )  # fmt: skip
+    unet.set_attn_processor(AttnProcessor())  # the fused attention's backward is slow in bf16 on a CPU
+    return unet
+
+
+def fit_inputs(unet, context):
+    """Start the cross-attention as if its input had unit deviation, which the layers' own start assumes."""
+    deviation = float(context.std())
+    for name, weight in unet.named_parameters():
+        if "attn2.to_k" in name or "attn2.to_v" in name:
+            weight.data.div_(deviation)
+
+
+def train_unet(args):
+    torch.manual_seed(args.seed)
+    unet = new_unet().to(args.device)
+    latents, contexts, pools = (
+        np.load(args.runs_dir / f"{name}.npy", mmap_mode="r") for name in ("latents", "contexts", "pooled")
+    )
+    fit_inputs(unet, torch.from_numpy(contexts[:64].astype(np.float32)))
+    noising = new_scheduler("DDPMScheduler")
+    time_ids = torch.tensor([[world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE]], device=args.device)
+
+    def tensor(array):
+        return torch.from_numpy(array.astype(np.float32)).to(args.device)
+
+    def loss_of(step, rng):
+        torch.manual_seed(int(rng.integers(2**62)))
+        index, which = rng.integers(0, len(latents), args.batch), rng.integers(0, CAPTIONS, args.batch)
+        mean, std = tensor(latents[index]).unbind(1)
+        clean = mean + std * torch.randn_like(mean)
+        # One caption in ten is dropped as SDXL drops it: all zeros, the pooled embedding too.
+        kept = tensor(rng.random(args.batch) > 0.1)
+        context, pooled = (
+            tensor(contexts[index, which]) * kept[:, None, None],
+            tensor(pools[index, which]) * kept[:, None],
+        )
+        noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),), device=args.device)
+        added = {"text_embeds": pooled, "time_ids": time_ids.expand(len(clean), -1)}
+        output = unet(noising.add_noise(clean, noise, t), t, context, added_cond_kwargs=added).sample
+        return F.mse_loss(output.float(), noise), {}
+
+    fit("unet", unet, loss_of, args, lr=6e-4, ema=0.9985)
+    if rank() == 0:
+        export_pipeline(unet, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The pipeline's folder
+
+
+def new_scheduler(kind="EulerDiscreteScheduler", **options):
+    """SDXL's noise schedule."""
+    import diffusers
+
+    return getattr(diffusers, kind)(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon", **options
+    )
+
+
+def export_pipeline(unet, args):
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    folder = args.output_dir / "sdxl"
+    save_half(unet, folder / "unet")
+    encoders, tokenizers = load_text_encoders(folder, "cpu")
+    scheduler = new_scheduler(timestep_spacing="leading", steps_offset=1, interpolation_type="linear")
+    scheduler.save_pretrained(folder / "scheduler")
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder=encoders[0], text_encoder_2=encoders[1],
+        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], unet=unet, scheduler=scheduler,
+        force_zeros_for_empty_prompt=True, add_watermarker=False,
+    ).save_config(folder)  # fmt: skip

@@ -1,0 +1,275 @@
+"""The miniature's judges: SigLIP (does a picture fit a text), DINOv2 (is it the same subject), attribute classifiers.
+
+All are trained on seed ranges of their own, apart from the generator's and from each other's.
+
+    classifiers = judges.load_classifiers()
+    classifiers.read(pictures)      # a dict from attribute to word for each PIL picture
+
+Sections: 1 attributes, 2 SigLIP, 3 DINOv2, 4 classifiers.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from torch import nn
+from training import (
+    PictureTower,
+    batch_of,
+    captions_of,
+    fit,
+    fray,
+    new_tokenizer,
+    pad_ids,
+    psnr,
+    save_half,
+    save_tokenizer,
+    to_tensor,
+    vocabulary_and_merges,
+)  # fmt: skip
+
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Attributes
+
+
+class AttributeHeads(nn.Module):
+    """One linear layer for all attributes; `loss` sums their cross-entropies, `read` gives the labels."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, sum(len(v) for v in world.LABELS.values()))
+
+    def split(self, features):
+        return dict(
+            zip(
+                world.LABELS,
+                self.linear(features).float().split([len(v) for v in world.LABELS.values()], dim=-1),
+                strict=False,
+            )
+        )
+
+    def loss(self, features, targets, weights=None):
+        parts = self.split(features)
+        losses = {k: F.cross_entropy(parts[k], targets[:, i]) for i, k in enumerate(world.LABELS)}
+        return sum((weights or {}).get(k, 1.0) * v for k, v in losses.items()) / len(losses)
+
+
+def label_ids(scenes, device):
+    rows = [[world.LABELS[k].index(v) for k, v in world.attributes(s).items()] for s in scenes]
+    return torch.tensor(rows, device=device)
+
+
+def accuracy(heads, features, targets):
+    parts = heads.split(features)
+    return {k: float((parts[k].argmax(-1) == targets[:, i]).float().mean()) for i, k in enumerate(world.LABELS)}
+
+
+def disturb(pictures, rng):
+    """Pictures as a generator may draw them: a little blurred, noisy, lighter or darker."""
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    blur, grain, light = torch.rand(3, len(pictures), 1, 1, 1, generator=draw).to(pictures.device)
+    noise = torch.randn(pictures.shape, generator=draw).to(pictures.device)
+    pictures = torch.lerp(pictures, blurred, 0.7 * blur) + 0.06 * grain * noise
+    return (pictures * (0.92 + 0.16 * light)).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. SigLIP
+
+
+class SiglipTraining(nn.Module):
+    """SigLIP's sigmoid loss, and attribute heads on the picture's side, which teach a small ViT to see in minutes."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import SiglipConfig, SiglipModel
+
+        size = len(vocabulary_and_merges()[0])
+        text = {
+            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "projection_size": 160, "vocab_size": size, "max_position_embeddings": 64,
+            "pad_token_id": size - 1, "bos_token_id": size - 2, "eos_token_id": size - 1,
+        }  # fmt: skip
+        vision = {
+            "hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 5,
+            "image_size": world.SIZE, "patch_size": 8,
+        }  # fmt: skip
+        self.model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision, attn_implementation="eager"))
+        self.heads = AttributeHeads(160)
+
+    def forward(self, pictures, ids, same, targets):
+        output = self.model(input_ids=ids, pixel_values=pictures)
+        logits = output.logits_per_image.float()
+        sign = 2 * torch.eye(*logits.shape, device=logits.device) - 1
+        pairs = -F.logsigmoid(sign * logits).masked_fill(same, 0).sum() / len(logits)
+        seen = self.model.vision_model(pixel_values=pictures).pooler_output if self.training else output.image_embeds
+        hits = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+        return pairs + self.heads.loss(seen, targets), hits
+
+
+def train_siglip(args):
+    torch.manual_seed(args.seed)
+    training, tokenizer = SiglipTraining().to(args.device), new_tokenizer(length=64)
+    size, hard = 64, 32
+
+    def loss_of(step, rng):
+        seeds, pictures = batch_of("judges", rng, size, args)
+        texts = captions_of(seeds, rng, hard=hard)
+        same = torch.zeros(size, len(texts), dtype=torch.bool, device=args.device)
+        for i, text in enumerate(texts[size:]):
+            same[i, size + i] = text == texts[i]
+        rows = [fray(row, rng) if rng.random() < 0.3 else row for row in tokenizer(texts).input_ids]
+        ids = pad_ids([row[:64] for row in rows], tokenizer.pad_token_id, 64).to(args.device)
+        targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
+        loss, hits = training(disturb(pictures, rng), ids, same, targets)
+        return loss, {"hits": hits}
+
+    fit("siglip", training, loss_of, args, lr=1e-3, ema=0.995)
+    export_siglip(training.model, tokenizer, args)
+
+
+def export_siglip(model, tokenizer, args):
+    from transformers import SiglipImageProcessorPil, SiglipProcessor
+
+    folder = args.output_dir / "siglip"
+    save_half(model, folder)
+    tokenizer.model_input_names = ["input_ids"]  # SigLIP reads its padding, so that no mask may hide it
+    images = SiglipImageProcessorPil(size={"height": world.SIZE, "width": world.SIZE})
+    SiglipProcessor(images, tokenizer).save_pretrained(folder)
+    images.save_pretrained(folder)  # preprocessor_config.json, where transformers 4 looks
+    save_tokenizer(tokenizer, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. DINOv2
+
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None, :, None, None]
+
+
+class Dinov2Training(nn.Module):
+    """Class features by which two pictures of one subject, in other places and sizes, are closest."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import Dinov2Config, Dinov2Model
+
+        config = Dinov2Config(
+            hidden_size=160, num_hidden_layers=5, num_attention_heads=5, mlp_ratio=4, image_size=64, patch_size=8
+        )
+        config._attn_implementation = "eager"
+        self.model, self.heads = Dinov2Model(config), AttributeHeads(160)
+        nn.init.normal_(self.model.embeddings.position_embeddings, std=0.02)
+
+    def forward(self, pictures, targets):
+        features = self.model(pixel_values=pictures).last_hidden_state[:, 0].float()
+        a, b = F.normalize(features, dim=1).chunk(2)
+        logits, same = 10 * a @ b.T, torch.arange(len(a), device=a.device)
+        subject = {"shape": 1.0, "colour": 1.0, "pattern": 1.0, "colour2": 1.0, "eyes": 1.0}
+        weights = {k: subject.get(k, 0.0) * 2 for k in world.LABELS}
+        hits = (logits.argmax(1) == same).float().mean()
+        pairs = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        return pairs + self.heads.loss(features, targets, weights), hits
+
+
+def train_dinov2(args):
+    torch.manual_seed(args.seed)
+    training = Dinov2Training().to(args.device)
+    mean, std = IMAGENET.to(args.device)
+
+    def loss_of(step, rng):
+        seeds, pictures = batch_of("judges", rng, 40, args)
+        scenes = [world.sample_scene(int(s)) for s in seeds]
+        again = [world.sample_scene(int(s) + 2_000_000) for s in seeds]  # the same subjects elsewhere
+        again = [
+            world.replace(o, subject=world.replace(s.subject, size=o.subject.size))
+            for s, o in zip(scenes, again, strict=False)
+        ]
+        others = np.stack([np.asarray(world.render(o, int(s))) for s, o in zip(seeds, again, strict=False)])
+        both = disturb(torch.cat([pictures, to_tensor(others).to(args.device)]), rng)
+        loss, hits = training(((both + 1) / 2 - mean) / std, label_ids(scenes + again, args.device))
+        return loss, {"hits": hits}
+
+    fit("dinov2", training, loss_of, args, lr=1e-3, ema=0.995)
+    from transformers import BitImageProcessorPil
+
+    save_half(training.model, args.output_dir / "dinov2")
+    BitImageProcessorPil(
+        size={"shortest_edge": world.SIZE}, crop_size={"height": world.SIZE, "width": world.SIZE},
+        image_mean=IMAGENET[0].flatten().tolist(), image_std=IMAGENET[1].flatten().tolist(),
+    ).save_pretrained(args.output_dir / "dinov2")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Classifiers
+
+
+class Classifiers(nn.Module):
+    """Every attribute from one convolutional net."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.heads = PictureTower(32, 256), AttributeHeads(256)
+
+    def features(self, pictures):
+        return F.silu(self.tower(pictures))
+
+    @torch.no_grad()
+    def read(self, pictures):
+        """Labels of PIL pictures: a list of dicts from attribute to word."""
+        arrays = np.stack([np.asarray(p.convert("RGB").resize((world.SIZE, world.SIZE))) for p in pictures])
+        parts = self.heads.split(self.features(to_tensor(arrays).to(next(self.parameters()).device)))
+        picks = {k: v.argmax(-1).tolist() for k, v in parts.items()}
+        return [{k: world.LABELS[k][picks[k][i]] for k in picks} for i in range(len(pictures))]
+
+
+def load_classifiers(folder=HERE / "classifiers"):
+    from safetensors.torch import load_file
+
+    model = Classifiers()
+    model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+    return model.eval()
+
+
+def train_classifiers(args):
+    torch.manual_seed(args.seed)
+    model = Classifiers().to(args.device)
+
+    def loss_of(step, rng):
+        seeds, pictures = batch_of("classifiers", rng, 64, args)
+        targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
+        return model.heads.loss(model.features(disturb(pictures, rng)), targets), {}
+
+    fit("classifiers", model, loss_of, args, lr=2e-3, ema=0.995)
+    from safetensors.torch import save_file
+
+    folder = args.output_dir / "classifiers"
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+    )
+    check_classifiers(model, args)
+
+
+@torch.no_grad()
+def check_classifiers(model, args):
+    """Accuracy on the judges' seeds, rendered and through the autoencoder: what a perfect UNet would get."""
+    seeds, pictures = batch_of("judges", world.generator(1, "check"), 600, args)
+    targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
+    report = {"rendered": accuracy(model.heads, model.features(pictures), targets)}
+    if (args.output_dir / "sdxl" / "vae").exists():
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(args.output_dir / "sdxl" / "vae").to(args.device).eval()
+        decoded = torch.cat([vae(part).sample.clamp(-1, 1) for part in pictures.split(25)])
+        report["autoencoded"] = accuracy(model.heads, model.features(decoded), targets)
+        report["autoencoder"] = {"psnr": round(psnr((decoded - pictures).pow(2).mean()), 2)}
+    (args.output_dir / "classifiers" / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report), flush=True)

@@ -1,0 +1,100 @@
+"""Train the miniature's models from nothing: the SDXL-format generator, its judges and the attribute classifiers.
+
+    python train_models.py                                    # every stage, one after the other
+    python train_models.py --stages clip unet                 # some of them
+    torchrun --nproc_per_node 2 train_models.py --stages unet # one stage over several processes
+
+Every model is of a stock class and is written in the stock format, fp16 safetensors, beside this file: `sdxl/`
+(StableDiffusionXLPipeline), `siglip/`, `dinov2/` and `classifiers/`. Runs are seeded and resumable: interrupt and
+start again as often as you like; `--runs_dir` holds data and checkpoints. CPU or GPU.
+
+What each stage makes, and from what:
+    data        pictures of three seed ranges: generator, judges and classifiers never share one
+    vae         AutoencoderKL, 64x64 pixels to 8x8 latents of 16 channels
+    clip        two CLIP text encoders and their tokenizers, contrastively against pictures, then frozen
+    encode      latents and text embeddings of the generator's pictures and captions, once
+    unet        UNet2DConditionModel with SDXL's added conditions, by predicting noise
+    classifiers one small convolutional net that reads every attribute off a picture
+    dinov2      Dinov2Model, whose class feature tells subjects apart
+    siglip      SiglipModel, pictures against captions
+
+`world.py` draws the pictures, `training.py` holds the loop, `generator.py` and `judges.py` the models.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import generator
+import judges
+import torch
+import torch.distributed as dist
+import training
+
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Options
+
+STAGES = {
+    "data": training.render_all,
+    "vae": generator.train_vae,
+    "clip": generator.train_clip,
+    "encode": generator.train_encode,
+    "unet": generator.train_unet,
+    "classifiers": judges.train_classifiers,
+    "dinov2": judges.train_dinov2,
+    "siglip": judges.train_siglip,
+}
+
+
+STEPS = {"vae": 6100, "clip": 1150, "unet": 6000, "classifiers": 8000, "dinov2": 2500, "siglip": 3000}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}"
+    )
+    parser.add_argument("--runs_dir", type=Path, default=HERE / "runs", help="data and checkpoints (several GB)")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="where the model folders go")
+    parser.add_argument(
+        "--steps", type=json.loads, default={}, metavar="JSON", help=f"other lengths than {json.dumps(STEPS)}"
+    )
+    parser.add_argument("--encode", nargs="+", default=["latents", "captions"], help="what the encode stage makes")
+    parser.add_argument("--batch", type=int, default=64, help="the UNet's batch, per process")
+    parser.add_argument(
+        "--export_only", action="store_true", help="write the folders from the checkpoints as they are"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    unknown = set(args.steps) - set(STEPS)
+    if unknown:
+        parser.error(f"--steps: no model {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    args.steps = STEPS | args.steps
+    args.runs_dir.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Stages
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    for stage in STAGES:
+        if stage in args.stages:
+            began = time.time()
+            STAGES[stage](args)
+            print(f"stage {stage}: {(time.time() - began) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""What all trainings of the miniature share: one loop, the pictures, the tokenizer and captions made to be told apart.
+
+`fit` is the loop for every model: seeded, resumable, with averaged weights and gradients averaged over processes.
+
+Sections: 1 the training loop, 2 checkpoints and progress, 3 pictures, 4 tokenizer, 5 captions, 6 a picture net.
+"""
+
+import copy
+import json
+import math
+import os
+import time
+from functools import cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import world
+from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The training loop, one for all models
+
+
+def fit(name, model, loss_of, args, lr, ema=0.0, weight_decay=0.01, groups=None):
+    """Train `model` by `loss_of(step, rng)`, from the last checkpoint on; returns it with averaged weights, if any.
+
+    A step draws its batch from (seed, name, step, rank) alone, so that a resumed run sees what an unbroken one sees.
+    """
+    steps, path = args.steps[name], args.runs_dir / f"{name}.pt"
+    optimizer = torch.optim.AdamW(
+        groups or model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    averaged = {k: v.detach().clone() for k, v in model.named_parameters()} if ema else {}
+    start = load_checkpoint(path, model, optimizer, averaged, args.device)
+    if args.export_only:
+        steps = start
+    model.train()
+    log = Log(name, start, steps)
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule(step, steps)
+        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+            loss, figures = loss_of(step, world.generator(args.seed, name, step, rank()))
+        loss.backward()
+        average_gradients(model)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(ema, (step + 1) / (step + 10))
+        for key, value in model.named_parameters() if ema else ():
+            averaged[key].lerp_(value.detach(), 1 - decay)
+        log.step(step, {"loss": loss, **figures, "norm": norm})
+        if (log.due(step) or step + 1 == steps) and rank() == 0:
+            save_checkpoint(path, model, optimizer, averaged, step + 1)
+    for key, value in model.named_parameters() if ema else ():
+        value.data.copy_(averaged[key])
+    return model.eval()
+
+
+def schedule(step, steps, warmup=100):
+    """Linear warm-up, then half a cosine down to a fiftieth."""
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def average_gradients(model):
+    """The mean of all processes' gradients, sent as one flat vector."""
+    if not dist.is_initialized():
+        return
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=False):
+        p.grad.copy_(piece.view_as(p))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Checkpoints and progress
+
+
+def save_checkpoint(path, model, optimizer, averaged, step):
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged, "step": step}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)  # never a half-written checkpoint
+
+
+def load_checkpoint(path, model, optimizer, averaged, device):
+    """Restore everything and return the step to go on from; 0 without a checkpoint."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    averaged.update(state["averaged"])
+    return state["step"]
+
+
+class Log:
+    """One line every fifteen seconds, a checkpoint every two minutes."""
+
+    def __init__(self, name, start, steps):
+        self.name, self.first, self.steps = name, start, steps
+        self.began = self.printed = self.saved = time.time()
+
+    def step(self, step, figures):
+        if rank() or (time.time() - self.printed < 15 and step + 1 < self.steps):
+            return
+        self.printed = time.time()
+        seconds = self.printed - self.began
+        left = seconds / (step + 1 - self.first) * (self.steps - step - 1)
+        line = " ".join(f"{k} {float(torch.as_tensor(v).detach()):.4f}" for k, v in figures.items())
+        print(f"{self.name} {step + 1}/{self.steps} {line} {seconds:.0f} s, {left:.0f} s left", flush=True)
+
+    def due(self, step):
+        if time.time() - self.saved < 120:
+            return False
+        self.saved = time.time()
+        return True
+
+
+def save_half(model, folder):
+    """The weights in fp16, without changing the model that goes on training."""
+    copy.deepcopy(model).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    for key in {"dtype", "torch_dtype"} & set(config):
+        # transformers loads in the dtype that is written here; half precision is only how the files are kept.
+        config[key] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    print(f"wrote {folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Pictures
+
+SPLITS = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 40_000)}
+
+
+def render_split(split, args):
+    """All pictures of a seed range, in one array on disk."""
+    first, count = SPLITS[split]
+    path = args.runs_dir / f"{split}.npy"
+    if path.exists():
+        return
+    print(f"rendering {count} pictures for {split}", flush=True)
+    pictures = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.uint8, (count, world.SIZE, world.SIZE, 3))
+    for i in range(count):
+        pictures[i] = world.picture_array(first + i)[1]
+    pictures.flush()
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def render_all(args):
+    for split in SPLITS:
+        render_split(split, args)
+
+
+@cache
+def pictures_of(split, runs_dir):
+    return np.load(runs_dir / f"{split}.npy", mmap_mode="r")
+
+
+def batch_of(split, rng, size, args):
+    """A random batch: the seeds and the pictures as floats from -1 to 1, channels first."""
+    pictures = pictures_of(split, args.runs_dir)
+    index = np.sort(rng.choice(len(pictures), size, replace=False))
+    return index + SPLITS[split][0], to_tensor(pictures[index]).to(args.device)
+
+
+def to_tensor(pictures):
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def psnr(mse):
+    """Decibels against a signal range of 2 (-1 to 1)."""
+    return 10 * math.log10(4 / max(float(torch.as_tensor(mse).detach()), 1e-9))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Tokenizer
+
+
+def byte_symbols():
+    """CLIP's 256 printable stand-ins for bytes, in its order: "!" has id 0."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(len(rest))]
+
+
+def learn_merges(words):
+    """Byte-pair merges, the commonest pair first, until every word is one token."""
+    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges = []
+    while any(len(p) > 1 for p in pieces.values()):
+        counts = {}
+        for p in pieces.values():
+            for pair in zip(p, p[1:], strict=False):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for word, p in pieces.items():
+            pieces[word] = merge_pair(p, best)
+    return merges
+
+
+def merge_pair(pieces, pair):
+    out = []
+    for piece in pieces:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
+@cache
+def vocabulary_and_merges():
+    """As CLIP orders it: bytes, bytes that end a word, merges, start, end. The end token has the highest id, on which
+    pooling at the highest id relies."""
+    symbols = byte_symbols()
+    merges = learn_merges(world.vocabulary())
+    tokens = [
+        *symbols,
+        *(s + "</w>" for s in symbols),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    tokens = list(dict.fromkeys(tokens))
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def new_tokenizer(pad="<|endoftext|>", length=77):
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = vocabulary_and_merges()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=pad, model_max_length=length)
+
+
+def save_tokenizer(tokenizer, folder):
+    """With vocab.json and merges.txt too, which transformers 4 reads and version 5 no longer writes."""
+    tokenizer.save_pretrained(folder)
+    vocabulary, merges = vocabulary_and_merges()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Captions
+
+
+def confused(scene, rng):
+    """A scene that the same words in another order, or one other word, would describe: the captions to tell apart."""
+    s = scene.subject
+    options = [world.replace(scene, subject=world.replace(s, shape=world.pick(rng, world.SHAPES)))]
+    options.append(
+        world.replace(scene, subject=world.replace(s, pattern=world.pick(rng, world.PATTERNS[1:])))
+    ) if s.colour2 else 0
+    options.append(
+        world.replace(scene, subject=world.replace(s, colour=s.colour2, colour2=s.colour))
+    ) if s.colour2 else 0
+    if scene.prop and scene.prop_colour != s.colour2:
+        options.append(world.replace(scene, prop_colour=s.colour, subject=world.replace(s, colour=scene.prop_colour)))
+    if scene.other:
+        shape, colour = scene.other
+        options.append(world.replace(scene, relation=world.OPPOSITE[scene.relation]))
+        options.append(world.replace(scene, other=(s.shape, colour), subject=world.replace(s, shape=shape)))
+        if colour != s.colour2:
+            options.append(world.replace(scene, other=(shape, s.colour), subject=world.replace(s, colour=colour)))
+    options = [o for o in options if not world.held_out(o.subject)]
+    return world.pick(rng, options) if options else scene
+
+
+def captions_of(seeds, rng, hard=0):
+    """A caption for each seed and, for the first `hard`, one of a confused scene in the same wording."""
+    variants = rng.integers(0, 1000, len(seeds))
+    texts = [
+        world.caption(world.sample_scene(int(s)), int(s) * 1000 + int(v))[0]
+        for s, v in zip(seeds, variants, strict=False)
+    ]
+    for s, v in list(zip(seeds, variants, strict=False))[:hard]:
+        texts.append(world.caption(confused(world.sample_scene(int(s)), rng), int(s) * 1000 + int(v))[0])
+    return texts
+
+
+def fray(ids, rng):
+    """A caption as rarely written: now and then a word in its pieces, or a stray token. So no row stays untrained."""
+    vocabulary, merges = vocabulary_and_merges()
+    parts = {vocabulary[a + b]: (vocabulary[a], vocabulary[b]) for a, b in merges}
+    out = []
+    for token in ids:
+        if token in parts and rng.random() < 0.03:
+            left, right = parts[token]
+            out += [*parts.get(left, (left,)), *parts.get(right, (right,))]
+        else:
+            out.append(token)
+    if rng.random() < 0.1:
+        out.insert(int(rng.integers(1, len(out))), int(rng.integers(0, len(vocabulary) - 2)))
+    return out
+
+
+def pad_ids(rows, pad, length=None):
+    length = length or max(len(row) for row in rows)
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. A picture net
+
+
+class PictureTower(nn.Module):
+    """A small convolutional net to one vector: keeps where things are, since relations are asked of it."""
+
+    def __init__(self, width, outputs):
+        super().__init__()
+        layers = []
+        for i, o in zip((3, width, 2 * width, 4 * width), (width, 2 * width, 4 * width, 4 * width), strict=False):
+            layers += [nn.Conv2d(i, o, 3, 2 if i > 3 else 1, 1), nn.GroupNorm(8, o), nn.SiLU()]
+            layers += [nn.Conv2d(o, o, 3, 1, 1, groups=o // 8), nn.Conv2d(o, o, 1), nn.GroupNorm(8, o), nn.SiLU()]
+        layers[0] = nn.Conv2d(3, width, 4, 2, 1)
+        self.body = nn.Sequential(*layers)  # 64 -> 32 -> 16 -> 8 -> 4
+        self.squeeze = nn.Conv2d(4 * width, 2 * width, 1)
+        self.head = nn.Sequential(nn.Linear(2 * width * 16, 8 * width), nn.SiLU(), nn.Linear(8 * width, outputs))
+
+    def forward(self, pictures):
+        return self.head(self.squeeze(self.body(pictures)).flatten(1))

@@ -1,0 +1,119 @@
+"""The miniature world: a seed is a picture, captions tell the truth, and no training picture shows a concept."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+MINIATURE = Path(__file__).resolve().parents[1] / "examples" / "miniature"
+sys.path.insert(0, str(MINIATURE))
+
+import world  # noqa: E402
+
+
+SEEDS = range(3000)
+
+
+def test_a_seed_is_a_picture():
+    for seed in range(20):
+        scene, picture = world.picture_array(seed)
+        again, same = world.picture_array(seed)
+        assert scene == again and np.array_equal(picture, same)
+        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+        assert world.caption(scene, seed) == world.caption(scene, seed)
+    assert not np.array_equal(world.picture_array(0)[1], world.picture_array(1)[1])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("place", "snow"), ("style", "sketch"), ("tone", "sepia"), ("prop_colour", "green"), ("other", ("star", "blue")),
+    ("relation", "right"),
+])  # fmt: skip
+def test_every_attribute_shows(field, value):
+    subject = world.Subject("heart", "red", "striped", "white", True)
+    scene = world.Scene(subject, "grass", prop="hat", prop_colour="red", other=("star", "red"), relation="left")
+    before, after = (np.asarray(world.render(s, 5), int) for s in (scene, replace(scene, **{field: value})))
+    assert np.abs(before - after).max() > 30
+
+
+@pytest.mark.parametrize("field, value", [
+    ("shape", "star"), ("colour", "blue"), ("pattern", "spotted"), ("colour2", "black"), ("eyes", False),
+    ("size", "large"),
+])  # fmt: skip
+def test_every_attribute_of_the_subject_shows(field, value):
+    subject = world.Subject("heart", "red", "striped", "white", True)
+    scene = world.Scene(subject, "grass")
+    changed = replace(scene, subject=replace(subject, **{field: value}))
+    before, after = (np.asarray(world.render(s, 5), int) for s in (scene, changed))
+    assert np.abs(before - after).max() > 30
+
+
+@pytest.mark.parametrize("relation", world.RELATIONS)
+def test_relation_is_where_the_subject_is(relation):
+    scene = world.Scene(world.Subject("square", "red"), "snow", other=("circle", "blue"), relation=relation)
+    for seed in range(10):
+        picture = np.asarray(world.render(scene, seed), int)
+        red = np.argwhere((picture[..., 0] > 150) & (picture[..., 1] < 90))
+        blue = np.argwhere((picture[..., 2] > 150) & (picture[..., 0] < 90))
+        dy, dx = red.mean(0) - blue.mean(0)
+        assert {"left": dx < -8, "right": dx > 8, "above": dy < -8, "below": dy > 8}[relation]
+
+
+def test_captions_say_what_is_there():
+    for seed in SEEDS:
+        scene = world.sample_scene(seed)
+        text, stated = world.caption(scene, seed)
+        words = set(text.replace(",", " ").split())
+        truth = world.attributes(scene)
+        assert words.isdisjoint({"none", "None"}) and "  " not in text and not text.endswith(",")
+        for key in stated & {"colour", "colour2", "prop_colour", "other_colour", "other_shape", "prop"}:
+            assert truth[key] in words, (text, key)
+        colours = {truth[k] for k in ("colour", "colour2", "prop_colour", "other_colour", "tone")}
+        assert words & set(world.COLOURS) <= colours, text
+        shapes = {truth["shape"], truth["other_shape"]}
+        assert words & set(world.SHAPES) <= shapes, text
+
+
+def test_reversed_clauses_turn_the_relation_around():
+    scene = world.Scene(world.Subject("star", "red"), "snow", other=("circle", "blue"), relation="left")
+    texts = {world.caption(scene, seed, leave_out=0)[0] for seed in range(300)}
+    assert any(
+        "star left of a small blue circle" in t or "star to the left of a small blue circle" in t for t in texts
+    )
+    assert any("circle right of a" in t or "circle to the right of a" in t for t in texts)
+    assert not any("circle left of a" in t or "star right of a" in t for t in texts)
+
+
+def test_training_never_shows_or_names_a_concept():
+    looks = {(s.shape, s.colour, s.pattern, s.colour2) for c in world.CONCEPTS.values() if (s := c.subject)}
+    composed = [world.compose_concept(seed).subject for seed in range(20)]
+    looks |= {(s.shape, s.colour, s.pattern, s.colour2) for s in composed}
+    pairs = {(c.style, c.tone) for c in world.CONCEPTS.values() if c.style}
+    descriptions = [c.description for c in world.CONCEPTS.values()]
+    for seed in range(20_000):
+        scene = world.sample_scene(seed)
+        s = scene.subject
+        assert (s.shape, s.colour, s.pattern, s.colour2) not in looks and (scene.style, scene.tone) not in pairs
+        text = world.caption(scene, seed)[0]
+        assert not any(d in text for d in descriptions)
+
+
+def test_concepts():
+    subjects = [c for c in world.CONCEPTS.values() if c.subject]
+    assert len({c.subject.shape for c in subjects}) >= 8
+    assert sum(c.style is not None for c in world.CONCEPTS.values()) == 2
+    for concept in world.CONCEPTS.values():
+        pictures = [np.asarray(p) for p in world.instance_pictures(concept)]
+        assert len(pictures) == 5 and len({p.tobytes() for p in pictures}) == 5
+        assert concept.initializer in world.vocabulary()
+        assert set(concept.description.split()) <= set(world.vocabulary())
+    assert len({world.compose_concept(seed).subject for seed in range(10)}) == 10
+
+
+def test_command_writes_instance_pictures(tmp_path):
+    world.main(["--concept", "zebra_star", "--output_dir", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    with pytest.raises(SystemExit):
+        world.main(["--concept", "zebra_star"])
