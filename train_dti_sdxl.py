@@ -1290,7 +1290,7 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
     sound = find_checkpoints(folder)
     if wanted != "latest":  # it, or where it is damaged the one before
         limit = int(re.sub(r"\D", "", Path(wanted).name) or 0)
-        sound = [pair for pair in sound if pair[1].step <= limit]
+        sound = sorted((pair for pair in sound if pair[1].step <= limit), key=lambda pair: -pair[1].step)
     if not sound:
         if wanted != "latest":
             raise UserError(f"{option} is damaged, and there is none before it: leave the option out to begin anew.")

@@ -97,6 +97,9 @@ def test_the_newest_checkpoint_is_the_one_written_last(train, caplog):
     with caplog.at_level("INFO", logger="dti"):
         train(max_train_steps=3, resume_from_checkpoint="latest")
     assert f"Going on from {out / 'checkpoint-2'}" in caplog.text
+    with caplog.at_level("INFO", logger="dti"):
+        train(max_train_steps=6, resume_from_checkpoint=out / "checkpoint-6")  # asked for by name
+    assert f"Going on from {out / 'checkpoint-6'}" in caplog.text
 
 
 @pytest.mark.parametrize(
