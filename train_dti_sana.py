@@ -8,6 +8,7 @@
 #     "diffusers>=0.35.0",
 #     "transformers>=4.51.3",
 #     "accelerate>=1.6.0",
+#     "peft>=0.17.0",
 #     "datasets>=3.6.0",
 #     "huggingface_hub>=0.34.0",
 #     "safetensors>=0.5.3",
@@ -27,8 +28,9 @@ fades. DTI (https://arxiv.org/abs/2512.13672) fixes the norm to the vocabulary's
 Riemannian SGD on the unit sphere with a von Mises-Fisher prior towards the class word. The model itself is untouched.
 
 Written to --output_dir: `learned_embeds.safetensors`, which examples/pipeline_sana_textual_inversion.py loads, for
-SanaPipeline alone cannot; `<placeholder>.safetensors` for OneTrainer; `training_curves.png`, `training_options.json`, and
-`validation-*.png` for each --validation_prompt. The lines that load the result are printed at the end.
+SanaPipeline alone cannot; `<placeholder>.safetensors` for OneTrainer; with --rank `pytorch_lora_weights.safetensors` for
+`pipe.load_lora_weights`; `training_curves.png`, `training_options.json`, and `validation-*.png` for each
+--validation_prompt. The lines that load the result are printed at the end.
 
 The script is train_dti_sdxl.py with another section 5. What is copied from there says so and is the same text.
 
@@ -53,6 +55,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -79,6 +82,7 @@ from diffusers import (
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
+    cast_training_params,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
     free_memory,
@@ -88,6 +92,8 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -145,6 +151,15 @@ def magnitude_rule(text: str) -> str | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not mean, min, free or a number above 0") from None
 
 
+# Copied from train_dti_sdxl.module_names
+def module_names(text: str) -> list[str]:
+    """The argparse type of --lora_target_modules: names separated by commas."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of names separated by commas")
+    return names
+
+
 # fmt: off
 
 
@@ -170,6 +185,17 @@ def add_token_options(parser: argparse.ArgumentParser) -> None:
     add("--initializer_token", default=None, help='The class word, such as dog. A text of several tokens ("stuffed animal") gives one vector each.')
     add("--num_vectors", type=number(int, 1), default=None, help="Vectors of the new token. Default: as many as the initializer has tokens; with more, the initializer repeats.")
     add("--init_embedding", type=Path, default=None, help="Continue from a finished embedding: a folder or file of this script's or of diffusers' (learned_embeds*.safetensors), or a clip_l/clip_g file.")
+
+
+# Copied from train_dti_sdxl.add_lora_options
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("LoRA beside the new word, by PEFT").add_argument
+    add("--rank", type=number(int, 0), default=0, help="Rank of the adapters on the denoiser; 0: none, the model stays as it is; the paper's Figure 8: 32.")
+    add("--lora_alpha", type=number(float, 0, above=True), default=None, help="What the adapters add is multiplied by alpha / rank. Default: the rank.")
+    add("--lora_dropout", type=number(float, 0), default=0.0, help="Probability of dropout in front of the adapters.")
+    add("--lora_target_modules", type=module_names, default="to_q,to_k,to_v,to_out.0", metavar="NAME,NAME", help="Layers that get an adapter: those whose names end so.")
+    add("--lora_learning_rate", type=number(float, 0, above=True), default=1e-4, help="AdamW's learning rate of the adapters; it follows --lr_scheduler too.")
+    add("--lora_start_step", type=number(int, 0), default=0, help="Steps in which the new word alone is trained, before the adapters join in.")
 
 
 # Copied from train_dti_sdxl.add_data_options
@@ -255,6 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_method_options(parser)
     add_token_options(parser)
+    add_lora_options(parser)
     add_data_options(parser)
     add_model_options(parser)
     add_loop_options(parser)
@@ -267,6 +294,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     if args.kappa is None:
         args.kappa = 0.0 if args.magnitude == "free" else 1e-4
+    if args.lora_alpha is None:
+        args.lora_alpha = float(args.rank)
     return args
 
 
@@ -286,6 +315,13 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(args, name) >= 1:
             raise UserError(f"--{name} {getattr(args, name):g} must be below 1.")
+    if args.lora_dropout >= 1:
+        raise UserError(f"--lora_dropout {args.lora_dropout:g} must be below 1.")
+    if args.rank and args.lora_start_step >= args.max_train_steps:
+        raise UserError(
+            f"--lora_start_step {args.lora_start_step} leaves no step for the adapters: it must be below"
+            f" --max_train_steps {args.max_train_steps}."
+        )
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("Give either --instance_data_dir or --dataset_name.")
     if args.initializer_token is None and args.init_embedding is None:
@@ -897,7 +933,9 @@ def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.
 # 5. SANA: loading, encoding, the loss, and using the result
 # ----------------------------------------------------------------------------------------------------------------------
 
-PIPELINE_CLASS = "SanaPipeline"
+PIPELINE_CLASS = SanaPipeline
+DENOISER = "transformer"  # its name in Models and in the pipeline
+DENOISER_CLASS = SanaTransformer2DModel
 OTHER_SCRIPTS = {"StableDiffusionXLPipeline": "train_dti_sdxl.py"}
 NOISE_SCHEDULER = FlowMatchEulerDiscreteScheduler
 PREDICTIONS = (None, "flow_prediction")
@@ -945,7 +983,7 @@ def check_model(args: argparse.Namespace) -> None:
     option = f"--pretrained_model_name_or_path {name}"
     if os.path.isfile(name):
         raise UserError(
-            f"{option} is a file: load it with {PIPELINE_CLASS}.from_single_file and save_pretrained a folder."
+            f"{option} is a file: load it with {PIPELINE_CLASS.__name__}.from_single_file and save_pretrained a folder."
         )
     if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
@@ -957,11 +995,32 @@ def check_model(args: argparse.Namespace) -> None:
     except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{option} cannot be read: {reason}") from None
-    if pipeline_class != PIPELINE_CLASS:
+    if pipeline_class != PIPELINE_CLASS.__name__:
         remedy = f": use {OTHER_SCRIPTS[pipeline_class]}" if pipeline_class in OTHER_SCRIPTS else ""
-        raise UserError(f"{option} is a {pipeline_class}; this script trains a {PIPELINE_CLASS}{remedy}.")
+        raise UserError(f"{option} is a {pipeline_class}; this script trains a {PIPELINE_CLASS.__name__}{remedy}.")
     if prediction not in PREDICTIONS:
         raise UserError(f"{option} predicts {prediction!r}; this script knows {', '.join(filter(None, PREDICTIONS))}.")
+
+
+# Copied from train_dti_sdxl.check_lora_targets
+def check_lora_targets(args: argparse.Namespace) -> None:
+    """Try the adapters on a denoiser without weights: --lora_target_modules may name nothing. Raises UserError."""
+    if not args.rank:
+        return
+    with missing_parts_as_user_errors(args):
+        config = DENOISER_CLASS.load_config(
+            args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_options(args)
+        )
+        with torch.device("meta"):
+            denoiser = DENOISER_CLASS.from_config(config)
+    try:
+        denoiser.add_adapter(lora_config(args))
+    except ValueError:
+        linear = [name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
+        raise UserError(
+            f"--lora_target_modules {','.join(args.lora_target_modules)}: the model has no such layers, or ones that"
+            f" take no adapter. Of its linear layers one is {linear[len(linear) // 2]}."
+        ) from None
 
 
 def load_tokenizers(args: argparse.Namespace) -> list:
@@ -1054,6 +1113,74 @@ def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device
         args=args,
         tokens=[],
     )
+
+
+# Copied from train_dti_sdxl.lora_config
+def lora_config(args: argparse.Namespace) -> LoraConfig:
+    return LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        init_lora_weights="gaussian",
+    )
+
+
+# Copied from train_dti_sdxl.Adapters
+class Adapters:
+    """LoRA on the denoiser (the paper's Figure 8): float32 beside frozen weights, trained by AdamW."""
+
+    def __init__(self, denoiser: torch.nn.Module, args: argparse.Namespace):
+        self.denoiser, self.start_step = denoiser, args.lora_start_step
+        denoiser.add_adapter(lora_config(args))
+        denoiser.train(args.lora_dropout > 0)
+        cast_training_params(denoiser)
+        self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        betas = (args.adam_beta1, args.adam_beta2)
+        adamw = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=args.lora_learning_rate, **adamw)
+
+    def open(self, steps_done: int) -> None:
+        """Have gradients computed from step --lora_start_step + 1 on."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(steps_done >= self.start_step)
+
+    def step(self, accelerator: Accelerator, schedule: float) -> None:
+        """One step on the gradients averaged over the processes; `schedule` is the share of the learning rate now due."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not gradients:
+            return
+        if accelerator.num_processes > 1:
+            mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"] * schedule
+        # fp16's gradient scale belongs to the directions' optimizer, which steps next and renews it.
+        accelerator.scaler.step(self.optimizer) if accelerator.scaler else self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and AdamW's state, for a checkpoint."""
+        kept = {f"lora.parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            kept |= {f"lora.{key}.{name}": x for key, x in self.optimizer.state.get(p, {}).items()}
+        return kept
+
+    @torch.no_grad()
+    def resume(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        for name, p in self.parameters.items():
+            p.copy_(tensors[f"lora.parameter.{name}"])
+            if f"lora.step.{name}" in tensors:  # otherwise the adapters have not joined in yet
+                state = {key: tensors[f"lora.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
+
+
+# Copied from train_dti_sdxl.seed_dropout
+def seed_dropout(generators: list[torch.Generator]) -> None:
+    """Seed LoRA's dropout, which draws from torch's own generator, from the batch: a resumed run repeats it."""
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generators[0])))
 
 
 # Copied from train_dti_sdxl.read_warm_start
@@ -1158,6 +1285,8 @@ def diffusion_loss(models: Models, batch: dict) -> torch.Tensor:
     # x_t = (1 - sigma) x + sigma noise, target = noise - x
     noisy = (1 - sigmas) * latents + sigmas * noise
 
+    if models.transformer.training:
+        seed_dropout(batch["generators"])
     prompt_embeds, mask = encode_prompts(models, batch["prompt"])
     prediction = models.transformer(
         noisy.to(models.transformer.dtype),
@@ -1218,6 +1347,7 @@ def loading_snippet(
     model = json.dumps(model_name(args) if repository else args.pretrained_model_name_or_path)
     folder = json.dumps(repository or str(args.output_dir))
     prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
+    lora = f"\npipe.load_lora_weights({folder})" if args.rank else ""
     trained_without = args.complex_human_instruction is None
     return f"""
 import torch
@@ -1229,7 +1359,7 @@ pipe = DiffusionPipeline.from_pretrained(
     trust_remote_code=True,
     torch_dtype={dtype},
 ).to("{device.type}")
-pipe.load_textual_inversion({folder})
+pipe.load_textual_inversion({folder}){lora}
 pipe({prompt}{", complex_human_instruction=None" if trained_without else ""}).images[0].save("picture.png")
 """
 
@@ -1237,6 +1367,9 @@ pipe({prompt}{", complex_human_instruction=None" if trained_without else ""}).im
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Saving and sharing: files that diffusers and the web tools load, checkpoints, and the Hub
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
 # Copied from train_dti_sdxl.web_name
@@ -1299,6 +1432,29 @@ def save_embeddings(tokens: list[LearnedToken], args: argparse.Namespace, step: 
     save_tensors(dict(zip(WEB_KEYS, rows, strict=True)), web_file, metadata)
 
 
+# Copied from train_dti_sdxl.save_adapters
+def save_adapters(adapters: Adapters, args: argparse.Namespace, suffix: str = "") -> None:
+    """Write what `pipe.load_lora_weights` reads: float32 weights, with rank and alpha in the file's header."""
+    options = {
+        f"{DENOISER}_lora_layers": get_peft_model_state_dict(adapters.denoiser),
+        f"{DENOISER}_lora_adapter_metadata": adapters.denoiser.peft_config["default"].to_dict(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        PIPELINE_CLASS.save_lora_weights(folder, **options)
+        content = (Path(folder) / LORA_FILE).read_bytes()
+    write_file(args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), content)
+
+
+# Copied from train_dti_sdxl.save_result
+def save_result(training, args: argparse.Namespace, step: int, suffix: str = "") -> None:
+    """Write the embeddings, and the adapters if there are any; an earlier run's do not belong to these embeddings."""
+    save_embeddings(training.tokens, args, step, suffix)
+    if training.adapters:
+        save_adapters(training.adapters, args, suffix)
+    elif not suffix:
+        (args.output_dir / LORA_FILE).unlink(missing_ok=True)
+
+
 # Copied from train_dti_sdxl.save_options
 def save_options(args: argparse.Namespace, derived: dict) -> None:
     """Write all options, and what was computed from them, to training_options.json: enough to repeat the run."""
@@ -1309,7 +1465,10 @@ def save_options(args: argparse.Namespace, derived: dict) -> None:
 
 
 # What a checkpoint must have in common with the run that goes on from it. Other options may be changed on the way.
-IDENTITY = ("model", "placeholder_token", "vectors", "magnitude", "optimizer", "init", "kappa", "reg_weight", "seed")
+IDENTITY = (
+    *("model", "placeholder_token", "vectors", "magnitude", "optimizer", "init", "kappa", "reg_weight", "seed"),
+    *("rank", "lora_alpha", "lora_target_modules"),
+)
 
 
 # Copied from train_dti_sdxl.Checkpoint
@@ -1550,17 +1709,19 @@ def model_card(
     web_use = WEB_USE.format(
         name=Path(file).stem, file=file, url=f"https://huggingface.co/{repository}/resolve/main/{quote(file)}"
     )
+    computed = ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
     details = {
-        **{k: derived[k] for k in ("photographs", "vectors", "steps", "total_batch_size", "precision", "seed")},
+        **{k: derived[k] for k in computed},
         **{k: getattr(args, k) for k in ("learning_rate", "kappa", "magnitude", "optimizer", "init", "resolution")},
     }
     table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in details.items())
+    lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""
     text = f"""{"<Gallery />" if samples else ""}
 
 # {Path(file).stem}
 
 `{args.placeholder_token}` is a new word for {base}, learned by
-[Directional Textual Inversion](https://arxiv.org/abs/2512.13672). This repository holds the word's embedding; the model
+[Directional Textual Inversion](https://arxiv.org/abs/2512.13672). This repository holds the word's embedding{lora}; the model
 itself is as it was.
 
 ## Trigger word
@@ -1586,6 +1747,7 @@ All options are in [training_options.json](training_options.json), the curves in
 """
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
     tags = ["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *CARD_TAGS]
+    tags += ["lora"] * bool(args.rank)
     return populate_model_card(card, tags=tags)
 
 
@@ -1605,6 +1767,7 @@ def fill_hub_folder(args: argparse.Namespace, repository: str, derived: dict, sn
     folder = args.output_dir / "hub"
     folder.mkdir(exist_ok=True)
     embeddings = [f"{name}.safetensors" for name in (*EMBEDDING_FILES, web_name(args.placeholder_token))]
+    embeddings += [LORA_FILE] * bool(args.rank)
     copied = {name: args.output_dir / name for name in (*embeddings, "training_curves.png")} | SHARED_CODE
     for name, source in copied.items():
         shutil.copyfile(source, folder / name)
@@ -1623,7 +1786,8 @@ def share(args: argparse.Namespace, repository: str, derived: dict, snippet: str
     files, folder = fill_hub_folder(args, repository, derived, snippet), args.output_dir / "hub"
     api = HfApi(token=args.hub_token)
     try:
-        gone = [name for name in api.list_repo_files(repository) if name.startswith("samples/") and name not in files]
+        ours = ("samples/", LORA_FILE)
+        gone = [name for name in api.list_repo_files(repository) if name.startswith(ours) and name not in files]
         operations = [CommitOperationAdd(name, folder / name) for name in files]
         operations += [CommitOperationDelete(name) for name in gone]
         message = f"{args.placeholder_token} after {args.max_train_steps} steps"
@@ -1648,7 +1812,11 @@ def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator,
     vae_device = models.vae.device
     models.vae.to(accelerator.device)
     prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
+    denoiser = getattr(models, DENOISER)
+    dropout = denoiser.training
+    denoiser.eval()
     rows = [generate_images(models, prompt, args, seed) for prompt in prompts]
+    denoiser.train(dropout)
     models.vae.to(vae_device)
     free_memory()
 
@@ -1809,8 +1977,10 @@ def distance_to_start(tokens: list[LearnedToken]) -> torch.Tensor:
 class Training:
     """What changes from step to step, for the loop to advance and for checkpoints to hold."""
 
-    def __init__(self, tokens: list[LearnedToken], args: argparse.Namespace, accelerator: Accelerator):
-        self.tokens, self.accelerator = tokens, accelerator
+    def __init__(
+        self, tokens: list[LearnedToken], adapters: Adapters | None, args: argparse.Namespace, accelerator: Accelerator
+    ):
+        self.tokens, self.adapters, self.accelerator = tokens, adapters, accelerator
         self.optimizer = make_optimizer(tokens, args)
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
@@ -1823,15 +1993,23 @@ class Training:
         self.history = History(tokens)
         self.losses = []  # since the last log entry
         self.overflows = 0
+        self.open_adapters()
+
+    def open_adapters(self) -> None:
+        if self.adapters:
+            self.adapters.open(self.lr_scheduler.last_epoch)
 
     def step(self) -> None:
         """One optimization step on the gradients averaged over the processes, before anything nonlinear happens to them."""
         for token in self.tokens:  # a few kilobytes: no DDP
             token.parameter.grad = self.accelerator.reduce(token.parameter.grad, reduction="mean")
+        if self.adapters:
+            self.adapters.step(self.accelerator, self.lr_scheduler.get_last_lr()[0] / self.lr_scheduler.base_lrs[0])
         self.scaled_optimizer.step()
         self.scaled_optimizer.zero_grad()
         self.lr_scheduler.step()
         self.overflows += self.scaled_optimizer.step_was_skipped
+        self.open_adapters()
 
     def mean_losses(self) -> torch.Tensor:
         """The losses since the last log entry, one a micro-batch, averaged over the processes."""
@@ -1845,6 +2023,7 @@ class Training:
         tensors |= {f"previous.{i}": rows for i, rows in enumerate(self.history.previous)}
         for i, token in enumerate(self.tokens):
             tensors |= {f"optimizer.{i}.{name}": x for name, x in self.optimizer.state[token.parameter].items()}
+        tensors |= self.adapters.tensors() if self.adapters else {}
         tensors["losses"] = self.mean_losses()
         schedule = {
             k: v for k, v in self.lr_scheduler.state_dict().items() if k in ("last_epoch", "_step_count", "_last_lr")
@@ -1875,6 +2054,9 @@ class Training:
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **checkpoint.state["lr_scheduler"]})
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+        if self.adapters:
+            self.adapters.resume(checkpoint.tensors)
+            self.open_adapters()
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.overflows = checkpoint.state["overflows"]
@@ -1961,6 +2143,7 @@ def main(argv: list[str] | None = None) -> None:
     check_sharing_options(args)
     accelerator = start_accelerator(args)
     check_model(args)
+    check_lora_targets(args)
     tokenizers = load_tokenizers(args)
     num_vectors, first_ids, warm_start = prepare_placeholder(args, tokenizers)
     photographs = load_photographs(args)
@@ -1971,7 +2154,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = choose_checkpoint(args, num_vectors)
     seed = choose_seed(args, checkpoint)
 
-    # Models, frozen; and the new word, all that is trained.
+    # Models, frozen; and the new word, all that is trained but for adapters.
     device = accelerator.device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     models = load_models(args, tokenizers, device, dtype)
@@ -1982,7 +2165,8 @@ def main(argv: list[str] | None = None) -> None:
         encoder.to(dtype)
 
     # Optimizer and schedule. The learning rate is the option's, whatever the batch.
-    training, first_step = Training(models.tokens, args, accelerator), 1
+    adapters = Adapters(getattr(models, DENOISER), args) if args.rank else None
+    training, first_step = Training(models.tokens, adapters, args, accelerator), 1
     if checkpoint is not None:
         training.resume(checkpoint)
         first_step = checkpoint.step + 1
@@ -1998,6 +2182,9 @@ def main(argv: list[str] | None = None) -> None:
         "photographs": len(photographs),
         "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
         "vectors": num_vectors,
+        "lora": f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {args.lora_learning_rate:g}"
+        if args.rank
+        else "none",
         "magnitudes": [token.magnitude or "free" for token in models.tokens],
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         "steps": args.max_train_steps,
@@ -2038,7 +2225,7 @@ def main(argv: list[str] | None = None) -> None:
         if stop:
             leave(accelerator, step, args)
         if accelerator.is_main_process and args.save_steps and step % args.save_steps == 0 and not last:
-            save_embeddings(models.tokens, args, step, suffix=f"-steps-{step}")
+            save_result(training, args, step, suffix=f"-steps-{step}")
         if accelerator.is_main_process and args.validation_prompt and step % args.validation_steps == 0 and not last:
             validate(models, args, accelerator, seed, step)
     interruption.in_loop = False
@@ -2046,7 +2233,7 @@ def main(argv: list[str] | None = None) -> None:
     # Results.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_embeddings(models.tokens, args, args.max_train_steps)
+        save_result(training, args, args.max_train_steps)
         training.history.plot(args.output_dir / "training_curves.png")
         if args.validation_prompt:
             validate(models, args, accelerator, seed, args.max_train_steps)

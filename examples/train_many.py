@@ -56,7 +56,7 @@ def load_script(path: Path):
 
 
 def load_models_once(script) -> None:
-    """Let the script's `load_models` give the same models again where they would be the same, without the last new word."""
+    """Let the script's `load_models` give the same models again where they would be the same, without the last new word and adapters."""
     load, kept = script.load_models, {}
 
     def load_or_reuse(args, tokenizers, device, dtype):
@@ -70,6 +70,10 @@ def load_models_once(script) -> None:
         models = kept[key]
         for encoder, vocabulary in zip(models.text_encoders, models.vocabularies, strict=True):
             encoder.set_input_embeddings(vocabulary)
+        denoiser = getattr(models, script.DENOISER)
+        if hasattr(denoiser, "peft_config"):
+            denoiser.unload_lora()
+            denoiser.eval()
         models.tokenizers, models.tokens = tokenizers, []
         if hasattr(models, "args"):
             models.args = args

@@ -85,6 +85,7 @@ def bad(small, tmp_path):
             save_file({"parameter.0": torch.ones(1, 32)}, target / "state.safetensors")
             identity = {"model": "sdxl", "vectors": 1, "magnitude": "mean", "optimizer": "rsgd", "init": "token"}
             identity |= {"kappa": 1e-4, "reg_weight": 0.0, "seed": 0, "placeholder_token": "<her-pot>"}
+            identity |= {"rank": 0, "lora_alpha": 0.0, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
             (target / "state.json").write_text(json.dumps({"step": 6, "written": 1, "identity": identity}))
         return target
 
@@ -147,6 +148,12 @@ CASES = [
     ({"num_vectors": 73}, "shorten it \\(or --num_vectors, now 73\\)"),
     ({"num_vectors": 10**10}, "--num_vectors: '10000000000' is not .* of at least 1 and at most 4294967295"),
     ({"num_vectors": 1.5}, "--num_vectors: '1.5' is not an integer"),
+    ({"rank": -1}, "--rank: '-1' is not an integer of at least 0"),
+    ({"rank": 4, "lora_dropout": 1}, "--lora_dropout 1 must be below 1"),
+    ({"rank": 4, "lora_start_step": 100}, "--lora_start_step 100 leaves no step for the adapters"),
+    ({"rank": 4, "lora_target_modules": "to_z"}, "--lora_target_modules to_z: the model has no such layers"),
+    ({"rank": 4, "lora_target_modules": "norm1"}, "ones that take no adapter"),
+    ({"rank": 4, "lora_target_modules": "to_q,,to_k"}, "is not a list of names separated by commas"),
     ({"learning_rate": -1}, "--learning_rate: '-1' is not a number above 0"),
     ({"learning_rate": "nan"}, "--learning_rate: 'nan' is not a number above 0"),
     ({"kappa": -1e-4}, "--kappa: '-0.0001' is not a number of at least 0"),

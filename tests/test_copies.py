@@ -19,6 +19,8 @@ ORIGINAL, COPY = ROOT / "train_dti_sdxl.py", ROOT / "train_dti_sana.py"
 OWN = {
     "ARCHITECTURE",
     "CARD_TAGS",
+    "DENOISER",
+    "DENOISER_CLASS",
     "EMBEDDING_FILES",
     "ENCODERS",
     "Models",

@@ -54,6 +54,8 @@ for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_
         ids = getattr(pipe, tokenizer).convert_tokens_to_ids(["<my-pot>", "<my-pot>_1"])
         rows[encoder] = getattr(pipe, encoder).get_input_embeddings().weight.detach()[ids].float().contiguous()
 save_file(rows, "rows.safetensors")
+adapted = hasattr(pipe, "unet") and bool(getattr(pipe.unet, "peft_config", None))
+open("adapted", "w").write(str(adapted))
 """
 
 
@@ -109,7 +111,10 @@ def head(hub: HubServer, repo_id: str) -> dict:
 def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path, family):
     # SDXL: a public repository and --hub_token; SANA: a private one, and logged in.
     script = {"sdxl": train_dti_sdxl, "sana": train_dti_sana}[family]
-    flags = ["--hub_token", TOKEN, "--license", "cc-by-4.0"] if family == "sdxl" else ["--hub_private_repo"]
+    lora = {"pytorch_lora_weights.safetensors"} if family == "sdxl" else set()  # one with LoRA, the other without
+    flags = (
+        ["--rank", "2", "--hub_token", TOKEN, "--license", "cc-by-4.0"] if family == "sdxl" else ["--hub_private_repo"]
+    )
     model = f"someone/small-{family}"
     out, repo_id = tmp_path / "my-pot", "me/my-pot"
     argv = job(*flags, pretrained_model_name_or_path=model, output_dir=out, save_steps=1, report_to="tensorboard")
@@ -121,16 +126,16 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     # What is there: the allowed files, kilobytes, and nothing that is secret.
     repository = hub.repositories[repo_id]
     samples = {f"samples/{prompt}-{number}.jpg" for prompt in (0, 1) for number in (0, 1)}
-    assert set(repository.files) == EMBEDDINGS[family] | OTHERS | samples
+    assert set(repository.files) == EMBEDDINGS[family] | lora | OTHERS | samples
     assert len(repository.commits) == 2  # as made, and one of ours
-    assert sum(map(len, repository.files.values())) < 100_000
+    assert sum(len(data) for name, data in repository.files.items() if name not in lora) < 100_000
     assert set(hub.blobs.values()) <= set(repository.files.values())
     secrets = (TOKEN.encode(), str(tmp_path).encode(), str(ROOT).encode())
     uploaded = [body for _, _, body in hub.requests] + list(repository.files.values())
     assert not [data[:200] for data in uploaded for secret in secrets if secret in data]
     assert not [p for p in out.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
     assert repository.private == (family == "sana")
-    for name in EMBEDDINGS[family] - {"pipeline.py"}:
+    for name in EMBEDDINGS[family] - {"pipeline.py"} | lora:
         assert repository.files[name] == (out / name).read_bytes()
 
     # The card.
@@ -141,11 +146,12 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
         "library_name": "diffusers",
         "base_model": model,
         "instance_prompt": "<my-pot>",
-        "tags": [*common, kind, f"{kind}-diffusers"],
+        "tags": [*common, kind, f"{kind}-diffusers", *["lora"] * bool(lora)],
         "widget": [{"text": t, "output": {"url": u}} for t, u in zip(prompts, sorted(samples), strict=True)],
         **({"license": "cc-by-4.0"} if family == "sdxl" else {}),
     }
     card = repository.files["README.md"].decode()
+    assert all(f'pipe.load_lora_weights("{repo_id}")' in card and "| lora | rank 2" in card for _ in lora)
     assert "<Gallery />" in card and "Write `<my-pot>` where" in card and "| photographs | 5 |" in card
     assert (f"{repo_id}/resolve/main/my-pot.safetensors" in card) and ("embedding:my-pot" in card) == (
         family == "sdxl"
@@ -163,6 +169,7 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     )
     assert run.returncode == 0, run.stderr
     assert (elsewhere / "picture.png").is_file()
+    assert (elsewhere / "adapted").read_text() == str(bool(lora))
     loaded = load_file(elsewhere / "rows.safetensors")
     for encoder, name in zip(script.ENCODERS, script.EMBEDDING_FILES, strict=True):
         assert torch.equal(loaded[encoder], load_file(out / f"{name}.safetensors")["<my-pot>"])
@@ -171,7 +178,7 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
 def test_a_second_push_refreshes_card_gallery_and_embedding(hub, job, run_cases, tmp_path):
     hub.add_repository("me/my-pot", {"notes.md": b"A file of the user's."})
     changed = {"seed": 1, "num_validation_images": 1, "output_dir": tmp_path / "my-pot"}
-    first = job(output_dir=tmp_path / "my-pot")
+    first = job(output_dir=tmp_path / "my-pot", rank=2)  # and no LoRA the second time
     second = job("--license", "mit", prompts=["one {} in the snow"], **changed)
     assert [r["said"] for r in run_cases([(TOKEN, first), (TOKEN, second)])] == [None, None]
     made, before, after = hub.repositories["me/my-pot"].commits
@@ -179,7 +186,7 @@ def test_a_second_push_refreshes_card_gallery_and_embedding(hub, job, run_cases,
     assert len(samples) == 4
     assert (
         set(after)
-        == set(before) - samples | {"samples/0-0.jpg"}
+        == set(before) - samples - {"pytorch_lora_weights.safetensors"} | {"samples/0-0.jpg"}
         == EMBEDDINGS["sdxl"]
         | OTHERS
         | {

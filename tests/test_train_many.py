@@ -10,6 +10,7 @@ from conftest import ROOT
 from kill_test import results
 
 
+LORA = {"rank": 2, "lora_learning_rate": 0.01}
 ROWS = """name,instance_data_dir,placeholder_token,initializer_token
 pot,{photos},<my-pot>,teapot
 nowhere,{photos}/none,<none>,dog
@@ -28,7 +29,7 @@ def many(small, tmp_path):
             f"--script {ROOT}/train_dti_{family}.py --subjects {tmp_path}/subjects.csv --output_dir {tmp_path}/many"
         )
         options += f" --pretrained_model_name_or_path {small}/{family} --resolution 64 --max_train_steps 3 --seed 0"
-        options += " --train_batch_size 2 --report_to none"
+        options += " --train_batch_size 2 --report_to none --rank 2 --lora_learning_rate 0.01"
         return subprocess.run(
             [sys.executable, *launcher.split(), str(ROOT / "examples" / "train_many.py"), *options.split()],
             capture_output=True,
@@ -53,7 +54,7 @@ def test_every_subject_is_as_if_trained_alone(many, train, tmp_path, family):
     ]
     assert "none does not exist: give a folder of photographs" in summary
     if family == "sdxl":  # the second subject has the models of the first, without its word
-        alone = train(placeholder_token="<my-toy>", initializer_token="stuffed animal", max_train_steps=3)
+        alone = train(placeholder_token="<my-toy>", initializer_token="stuffed animal", max_train_steps=3, **LORA)
         assert results(tmp_path / "many" / "toy") == results(alone)
 
     written = (tmp_path / "many" / "dog" / "learned_embeds.safetensors").stat().st_mtime_ns
