@@ -15,6 +15,7 @@ import world
 from torch import nn
 from training import (
     SPLITS,
+    TEXT_LENGTH,
     PictureTower,
     batch_of,
     captions_of,
@@ -99,7 +100,7 @@ def new_text_encoders():
         config = CLIPTextConfig(
             vocab_size=len(vocabulary_and_merges()[0]), hidden_size=width, intermediate_size=4 * width,
             projection_dim=POOLED, num_hidden_layers=TEXT_LAYERS, num_attention_heads=width // 32, hidden_act=act,
-            max_position_embeddings=77, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+            max_position_embeddings=TEXT_LENGTH, bos_token_id=0, eos_token_id=2, pad_token_id=1,
         )  # fmt: skip
         config._attn_implementation = "eager"  # in bf16 on a CPU the fused attention's backward is far slower
         encoder = kind(config)
@@ -182,6 +183,7 @@ def train_clip(args):
 def export_clip(model, args):
     folder = args.output_dir / "sdxl"
     save_half(model.first, folder / "text_encoder")
+    restore_names(folder / "text_encoder" / "model.safetensors")
     save_half(model.second, folder / "text_encoder_2")
     save_tokenizer(new_tokenizer(), folder / "tokenizer")
     save_tokenizer(new_tokenizer(pad="!"), folder / "tokenizer_2")
@@ -193,6 +195,14 @@ def export_clip(model, args):
         updates = [f"{(b - a)[:, 1:12].norm(dim=-1).mean():.2f}" for a, b in zip(states, states[1:], strict=False)]
         print(f"{name}: vocabulary norm {norms.mean():.3f} ({norms.min():.3f} to {norms.max():.3f})", flush=True)
         print(f"  norms of the blocks' updates {' '.join(updates)}", flush=True)
+
+
+def restore_names(path):
+    """Give CLIPTextModel's weights the names that transformers 4 reads too; version 5 saves them without their prefix."""
+    from safetensors.torch import load_file, save_file
+
+    weights = {f"text_model.{name.removeprefix('text_model.')}": x for name, x in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def load_text_encoders(folder, device):
@@ -210,7 +220,9 @@ def embed_texts(texts, encoders, tokenizers):
     pooled embedding. An empty text is all zeros (`force_zeros_for_empty_prompt`)."""
     states = []
     for encoder, tokenizer in zip(encoders, tokenizers, strict=False):
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        ids = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+        ).input_ids
         output = encoder(ids.to(encoder.device), output_hidden_states=True)
         states.append(output.hidden_states[-2])
     full = torch.tensor([float(bool(t)) for t in texts], device=states[0].device)
@@ -267,9 +279,9 @@ def encode_pictures(args):
 
 @torch.no_grad()
 def encode_captions(args):
-    """What the pipeline would make of the captions, 77 positions each."""
+    """What the pipeline would make of the captions, all positions of each."""
     encoders, tokenizers = load_text_encoders(args.output_dir / "sdxl", args.device)
-    contexts = shared_array("contexts", (CAPTIONS, 77, sum(TEXT_WIDTHS)), args)
+    contexts = shared_array("contexts", (CAPTIONS, TEXT_LENGTH, sum(TEXT_WIDTHS)), args)
     pooled = shared_array("pooled", (CAPTIONS, POOLED), args)
     for part in parts():
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)

@@ -245,7 +245,9 @@ def train_classifiers(args):
     def loss_of(step, rng):
         seeds, pictures = batch_of("classifiers", rng, 64, args)
         targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
-        return model.heads.loss(model.features(disturb(pictures, rng)), targets), {}
+        features = model.features(disturb(pictures, rng))
+        right = accuracy(model.heads, features, targets)
+        return model.heads.loss(features, targets), {k: right[k] for k in ("shape", "colour", "pattern")}
 
     fit("classifiers", model, loss_of, args, lr=2e-3, ema=0.995)
     from safetensors.torch import save_file

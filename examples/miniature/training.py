@@ -237,7 +237,10 @@ def vocabulary_and_merges():
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def new_tokenizer(pad="<|endoftext|>", length=77):
+TEXT_LENGTH = 48  # positions; the longest caption has 41 tokens, and a shorter context is cheaper than CLIP's 77
+
+
+def new_tokenizer(pad="<|endoftext|>", length=TEXT_LENGTH):
     from transformers import CLIPTokenizer
 
     vocabulary, merges = vocabulary_and_merges()
