@@ -232,7 +232,7 @@ def embed_texts(texts, encoders, tokenizers):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Latents and embeddings
 
-ENCODED, CAPTIONS = 36_000, 2  # pictures, and captions of each, whose latents and embeddings are kept on disk
+ENCODED, CAPTIONS = 60_000, 3  # pictures, and captions of each, whose latents and embeddings are kept on disk
 
 
 def train_encode(args):
@@ -320,6 +320,12 @@ def fit_inputs(unet, context):
             weight.data.div_(deviation)
 
 
+def timesteps(count):
+    """Half of them uniform, half about the middle, where noise hides details but not yet everything: there is most to learn."""
+    middle = torch.sigmoid(torch.randn(count))
+    return (torch.where(torch.rand(count) < 0.5, middle, torch.rand(count)) * 1000).long().clamp(0, 999)
+
+
 def train_unet(args):
     torch.manual_seed(args.seed)
     unet = new_unet().to(args.device)
@@ -344,7 +350,7 @@ def train_unet(args):
             tensor(contexts[index, which]) * kept[:, None, None],
             tensor(pools[index, which]) * kept[:, None],
         )
-        noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),), device=args.device)
+        noise, t = torch.randn_like(clean), timesteps(len(clean)).to(args.device)
         added = {"text_embeds": pooled, "time_ids": time_ids.expand(len(clean), -1)}
         output = unet(noising.add_noise(clean, noise, t), t, context, added_cond_kwargs=added).sample
         return F.mse_loss(output.float(), noise), {}
