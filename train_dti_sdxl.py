@@ -1304,6 +1304,7 @@ def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
         "dti.base_model": model_name(args),
         "dti.steps": str(step),
         **{f"dti.{k}": str(getattr(args, k)) for k in ("learning_rate", "kappa", "magnitude", "optimizer", "init")},
+        **({"dti.initializer_token": args.initializer_token} if args.initializer_token else {}),
     }
 
 

@@ -1,0 +1,722 @@
+#!/usr/bin/env python
+"""Draw pictures with learned tokens, of Stable Diffusion XL or SANA, several tokens in one prompt if you like.
+
+    python examples/generate.py out/my-dog --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+      --prompt "a photo of {} on the beach" "a painting of {} in the rain" --seeds 0 1 2 3 --output_dir pictures
+
+"{}" stands for the learned token. My subject in my style is two embeddings in one prompt, "{0}" and "{1}":
+
+    python examples/generate.py out/my-dog out/my-style --prompt "a picture of {0} in the style of {1}" \
+      --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --output_dir pictures
+
+An embedding is a run's output folder, or a file in any format that export.py knows. Where the folder also has LoRA weights
+(pytorch_lora_weights.safetensors) they are loaded too. The model's model_index.json says which pipeline it is.
+
+Sampling is the paper's: SDXL 50 DDIM steps, SANA 20 Euler steps at the model's flow shift. SDXL's second text encoder
+pools at the end token, for as shipped it pools at the learned token and loses what follows; `--pooling stock` shows that.
+
+Written to --output_dir: a PNG for each prompt and seed, with prompt, seed and settings in its text metadata, and all of them
+in `grid.png`. The same command again keeps the pictures that are there, so an interrupted one goes on. A picture's noise
+depends on its seed alone, not on --batch_size, device or precision.
+
+Sections: 1 prompts, 2 pipeline, 3 pictures, 4 files, 5 checks, 6 command line. Import `load_pipeline`, `load_embedding` and
+`generate` to use them elsewhere.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
+from export import (
+    ENCODERS,
+    Embedding,
+    EmbeddingError,
+    UserError,
+    check_output_dir,
+    make_parser,
+    read_embedding,
+    renamed,
+    run,
+    write_files,
+)
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from pipeline_sana_textual_inversion import SanaTextualInversionPipeline
+from rescale import check_fits, model_family, model_index, one_line
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer
+
+
+STEPS = {"sdxl": 50, "sana": 20}  # the paper's
+GUIDANCE_SCALE = {"sdxl": 5.0, "sana": 4.5}  # the pipelines' own
+RESOLUTION_STEP = {"sdxl": 8, "sana": 32}  # pixels a latent position
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SOFTWARE = "Directional Textual Inversion, examples/generate.py"
+CELL = 384  # pixels of a picture's longer side in the contact sheet, at most
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Prompts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fill_prompt(prompt: str, tokens: list[str]) -> str:
+    """The prompt with tokens for "{}" (the first), "{0}", "{1}" ... Raises UserError where there are too few."""
+
+    def token(match: re.Match) -> str:
+        index = int(match[1] or 0)
+        if index >= len(tokens):
+            raise UserError(f"--prompt {prompt!r} has {match[0]}, but only {len(tokens)} embeddings are given.")
+        return tokens[index]
+
+    return re.sub(r"\{(\d*)\}", token, prompt)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line, empty lines left out. Raises UserError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}") from None
+    if not lines:
+        raise UserError(f"--prompts {path} is empty: write one prompt a line.")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Pipeline
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pipeline_family(pipe) -> str:
+    return "sdxl" if hasattr(pipe, "text_encoder_2") else "sana"
+
+
+def paper_scheduler(family: str, config: dict):
+    """The paper's sampler, on the noise schedule or flow shift of the model's own."""
+    if family == "sdxl":
+        # DDIM's defaults clip the sample, which ruins latents.
+        return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
+    # SANA ships a DPM-Solver's configuration, which calls the same number another name.
+    return FlowMatchEulerDiscreteScheduler(shift=config.get("shift", config.get("flow_shift", 1.0)))
+
+
+def load_text_encoder(model: str, name: str, class_name: str, options: dict):
+    """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
+    cls = getattr(transformers, class_name)
+    encoder, info = cls.from_pretrained(model, subfolder=name, output_loading_info=True, **options)
+    if info["missing_keys"]:  # transformers' major versions name some weights differently
+        raise ValueError(f"{name} lacks the weights {sorted(info['missing_keys'])[0]} ... (another version's file?)")
+    return encoder
+
+
+def load_pipeline(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+    scheduler: str = "paper",
+):
+    """The StableDiffusionXLPipeline or SanaTextualInversionPipeline of a folder or Hub id, by its model_index.json.
+
+    `scheduler` is "paper" (DDIM, flow-matching Euler) or "model" (what the model ships with). Raises UserError where the
+    model is of another kind or its files are missing or damaged.
+    """
+    family = model_family(model, revision)
+    index = model_index(model, revision)
+    options = {"torch_dtype": dtype, "revision": revision, "variant": variant}
+    try:
+        warnings.filterwarnings("ignore", message=".*torch_dtype")  # the one name that all supported versions know
+        encoders = {name: load_text_encoder(model, name, index[name][1], options) for name in ENCODERS[family]}
+        if family == "sdxl":
+            pipe = StableDiffusionXLPipeline.from_pretrained(model, **encoders, **options, add_watermarker=False)
+        else:
+            pipe = SanaTextualInversionPipeline.from_pretrained(model, **encoders, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise UserError(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(error)}") from None
+    if scheduler == "paper":
+        pipe.scheduler = paper_scheduler(family, pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def load_embeddings(pipe, embeddings: list[Embedding]) -> None:
+    """Load learned tokens into the pipeline, each under its own name. Raises EmbeddingError where they do not fit."""
+    encoders = {name: getattr(pipe, name) for name in ENCODERS[pipeline_family(pipe)]}
+    widths = {name: x.get_input_embeddings().weight.shape[-1] for name, x in encoders.items()}
+    for embedding in embeddings:
+        check_fits(embedding, widths, embedding.token, type(pipe).__name__)
+    try:
+        for name, encoder in encoders.items():
+            tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+            states = [{embedding.token: embedding.vectors[name]} for embedding in embeddings]
+            if states:
+                pipe.load_textual_inversion(states, text_encoder=encoder, tokenizer=tokenizer)
+    except ValueError as error:
+        raise EmbeddingError(one_line(error)) from None
+
+
+def load_embedding(pipe, embedding: Embedding) -> None:
+    """Load one learned token into the pipeline. Raises EmbeddingError where it does not fit."""
+    load_embeddings(pipe, [embedding])
+
+
+def load_loras(pipe, files: list[Path]) -> None:
+    """Load LoRA weights into the pipeline, each as an adapter, all of them active at weight 1. Raises UserError."""
+    names = [f"lora_{index}" for index in range(len(files))]
+    for name, file in zip(names, files, strict=True):
+        try:
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{file} cannot be loaded as LoRA weights: {one_line(error)}") from None
+    if names:
+        pipe.set_adapters(names)
+
+
+def native_resolution(pipe) -> int:
+    """The side in pixels of the square pictures that the model was made for."""
+    denoiser = pipe.unet if pipeline_family(pipe) == "sdxl" else pipe.transformer
+    return denoiser.config.sample_size * pipe.vae_scale_factor
+
+
+@contextlib.contextmanager
+def pooled_at(pipe, pooling: str):
+    """Within it SDXL's second encoder pools at the end token (`eos`), or as it was shipped (`stock`). SANA pools nothing."""
+    if pipeline_family(pipe) != "sdxl" or pooling == "stock":
+        yield
+        return
+    # SDXL ships with eos_token_id 2, with which transformers pools at the highest id: that is where the new word stands.
+    text_model = getattr(pipe.text_encoder_2, "text_model", pipe.text_encoder_2)
+    shipped, text_model.eos_token_id = text_model.eos_token_id, pipe.tokenizer_2.eos_token_id
+    try:
+        yield
+    finally:
+        text_model.eos_token_id = shipped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sana_instruction() -> list[str]:
+    """The instruction that SanaPipeline puts in front of every prompt unless told otherwise."""
+    return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def draw_noise(pipe, generators: list[torch.Generator], side: int) -> torch.Tensor:
+    """Noise (B, C, side/s, side/s) on the pipeline's device, each picture's from its own generator.
+
+    It is drawn in float32 on the CPU, as a stock pipeline in float32 draws it from the same generators, so that a seed
+    means the same on every device. SDXL's pipeline wants it in the UNet's precision, SANA's in float32 always.
+    """
+    denoiser = pipe.unet if pipeline_family(pipe) == "sdxl" else pipe.transformer
+    shape = (1, denoiser.config.in_channels, side // pipe.vae_scale_factor, side // pipe.vae_scale_factor)
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    return noise.to(pipe._execution_device, denoiser.dtype if pipeline_family(pipe) == "sdxl" else torch.float32)
+
+
+def generate_pairs(
+    pipe,
+    pairs: list[tuple[str, int]],
+    *,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int = 1,
+    pooling: str = "eos",
+    resolution: int | None = None,
+    negative_prompt: str | None = None,
+    instruction: list[str] | None = None,
+) -> Iterator[tuple[str, int, Image.Image]]:
+    """As `generate`, for given pairs of a prompt and a seed."""
+    side = resolution or native_resolution(pipe)
+    options = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": guidance_scale}
+    if pipeline_family(pipe) == "sana":
+        options |= {"complex_human_instruction": instruction, "use_resolution_binning": False}
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+        if negative_prompt is not None:
+            options["negative_prompt"] = [negative_prompt] * len(batch)
+        with pooled_at(pipe, pooling), torch.no_grad():
+            images = pipe(
+                prompt=[prompt for prompt, _ in batch],
+                latents=draw_noise(pipe, generators, side),
+                generator=generators,  # for schedulers that draw at every step
+                **options,
+            ).images
+        yield from ((prompt, seed, image) for (prompt, seed), image in zip(batch, images, strict=True))
+
+
+def generate(
+    pipe,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int = 1,
+    pooling: str = "eos",
+    **options,
+) -> Iterator[tuple[str, int, Image.Image]]:
+    """Draw every prompt with every seed. Yields (prompt, seed, picture) in the order of the prompts, then of the seeds.
+
+    Args:
+        prompts: with learned tokens by name; `fill_prompt` puts them in the place of "{}".
+        batch_size: pictures drawn at once. A picture does not depend on it, but for the rounding of matrix products.
+        pooling: "eos", or "stock" to let SDXL pool at the learned token, as diffusers does.
+        options: resolution (side in pixels; None is the model's), negative_prompt, and for SANA instruction (lines in
+            front of the prompt; None is no instruction, as the training script has it).
+    """
+    pairs = list(itertools.product(prompts, seeds))
+    common = {"steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size, "pooling": pooling}
+    yield from generate_pairs(pipe, pairs, **common, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Files: pictures with their settings, and the contact sheet
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def picture_name(prompt: str, seed: int) -> str:
+    """A file's name that people can read, and that no other prompt has."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return f"{slug}-{zlib.crc32(prompt.encode()):08x}-seed-{seed}.png"
+
+
+def digest(embedding: Embedding) -> str:
+    """A short fingerprint of the vectors."""
+    content = b"".join(rows.contiguous().numpy().tobytes() for rows in embedding.vectors.values())
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """The Hub id, or of a folder its name (whose home it is in concerns nobody) and a hash of its files' sizes and times."""
+    if not Path(model).is_dir():
+        return f"{model}@{revision}" if revision else model
+    files = sorted(p for p in Path(model).glob("*/*") if p.suffix in (".json", ".safetensors", ".bin"))
+    state = [(str(p.relative_to(model)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return f"{Path(model).resolve().name} ({hashlib.sha256(repr(state).encode()).hexdigest()[:8]})"
+
+
+def to_png(image: Image.Image, text: dict[str, str]) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for key, value in {**text, "Software": SOFTWARE}.items():
+        info.add_text(key, value)
+    image.save(content := io.BytesIO(), format="png", pnginfo=info)
+    return content.getvalue()
+
+
+def picture_text(prompt: str, seed: int, settings: dict) -> dict[str, str]:
+    """What a picture's metadata says of it, and what it is recognised by."""
+    return {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings)}
+
+
+def is_finished(path: Path, text: dict[str, str], overwrite: bool) -> bool:
+    """Whether the picture is there. Raises UserError where another one is in its place, unless `overwrite`."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        with Image.open(path) as image:
+            image.load()  # not only the header
+            if all(image.text.get(key) == value for key, value in text.items()):
+                return True
+    except (OSError, AttributeError, SyntaxError, ValueError):
+        pass
+    if overwrite:
+        return False
+    raise UserError(f"{path} is there with other settings: choose another --output_dir, or --overwrite.")
+
+
+def check_ours(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a file that these scripts have not written, unless `overwrite`. Raises UserError."""
+    ours = overwrite or not os.path.lexists(path)
+    with contextlib.suppress(OSError, AttributeError, SyntaxError, ValueError):
+        if not ours:
+            with Image.open(path) as image:
+                marks = [image.info.get(name) for name in ("Software", "comment", "xmp")]  # PNG, GIF, WebP
+                ours = SOFTWARE in marks or SOFTWARE.encode() in marks
+    if not ours:
+        raise UserError(f"{path} is there and not of this script: choose another --output_dir, or --overwrite.")
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """The picture in RGB, made smaller where it is larger than a cell of the contact sheet."""
+    image = image.convert("RGB")
+    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    return image
+
+
+def contact_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
+    """Pictures of one size in rows, a label above each row, and one above each column. Pictures stand as they are."""
+    width, height = rows[0][0].size
+    size = max(11, min(20, width // 16))
+    font, gap = ImageFont.load_default(size), 4
+    line = math.ceil(size * 1.3)
+    wide = max(width, *(math.ceil(font.getlength(label)) + gap for label in column_labels))  # a column
+    total = max(gap + (wide + gap) * len(column_labels), 24 * size)  # room for a few words
+    per_line = max(8, int((total - 2 * gap) / font.getlength("a photo of the dog") * len("a photo of the dog")))
+    wrapped = [textwrap.wrap(label, per_line) or [""] for label in row_labels]
+    tops = list(
+        itertools.accumulate((len(lines) * line + gap + height + gap for lines in wrapped), initial=line + gap)
+    )
+    sheet = Image.new("RGB", (total, tops[-1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(column_labels):
+        draw.text((gap + column * (wide + gap), gap // 2), label, fill="black", font=font)
+    for top, lines, images in zip(tops, wrapped, rows, strict=False):  # the last top is the sheet's end
+        for number, text in enumerate(lines):
+            draw.text((gap, top + number * line), text, fill="black", font=font)
+        for column, image in enumerate(images):
+            sheet.paste(image, (gap + column * (wide + gap), top + len(lines) * line + gap))
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Checks, before any weight loads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizers(model: str, family: str, revision: str | None) -> list:
+    classes = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer} if family == "sdxl" else {}
+    classes = classes or {"tokenizer": AutoTokenizer}
+    return [cls.from_pretrained(model, subfolder=name, revision=revision) for name, cls in classes.items()]
+
+
+def check_tokens(embeddings: list[Embedding], tokenizers: list, family: str) -> None:
+    """Refuse tokens that are words already, that get in each other's way, or that no prompt can hold. Raises EmbeddingError."""
+    remedy = "give it another word by --token"
+    for tokenizer in tokenizers:
+        for embedding in embeddings:
+            token = embedding.token
+            names = [token, *(f"{token}_{index}" for index in range(1, len(embedding)))]
+            taken = [name for name in (*names, f"{token}_1") if name in tokenizer.get_vocab()]
+            if taken or len(tokenizer.tokenize(token)) == 1:  # CLIP's vocabulary has "dog" as "dog</w>"
+                word = taken[0] if taken else token
+                raise EmbeddingError(f"The token {token!r}: {word!r} is a word already; {remedy}.")
+            if family == "sana" and token != token.lower():
+                raise EmbeddingError(f"The token {token!r} has capitals, and SANA lowercases prompts: {remedy}.")
+            tokenizer.add_tokens(names)
+            ids = tokenizer.convert_tokens_to_ids(names)
+            prompt = tokenizer(f"a {' '.join(names)} here", add_special_tokens=False).input_ids
+            if [index for index in prompt if index in ids] != ids:
+                raise EmbeddingError(f"The token {token!r} is not found again in a prompt: {remedy}.")
+
+
+def check_model_fits(
+    model: str, revision: str | None, sources: list, embeddings: list[Embedding], words: list[Embedding] | None = None
+) -> tuple[str, list]:
+    """The model's family and its tokenizers with the new words, if the embeddings fit it and the words can be loaded.
+
+    `words` are the embeddings unless they are others. Reads configurations and tokenizers only. Raises UserError.
+    """
+    family = model_family(model, revision)
+    try:
+        configs = {x: AutoConfig.from_pretrained(model, subfolder=x, revision=revision) for x in ENCODERS[family]}
+        tokenizers = load_tokenizers(model, family, revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--pretrained_model_name_or_path {model} is not complete: {one_line(error)}") from None
+    widths = {name: config.hidden_size for name, config in configs.items()}
+    for source, embedding in zip(sources, embeddings, strict=True):
+        check_fits(embedding, widths, source, model)
+    check_tokens(embeddings if words is None else words, tokenizers, family)
+    return family, tokenizers
+
+
+def note_long_prompts(prompts: list[str], tokenizers: list, family: str) -> None:
+    """Say which prompts are longer than the text encoders read: their end, maybe with a learned token, is cut off."""
+    tokenizer, limit = tokenizers[0], {"sdxl": 77, "sana": 300}[family]
+    for prompt in prompts:
+        length = len(tokenizer(TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)).input_ids)
+        if length > limit:
+            print(f"Note: of the {length} tokens of {prompt!r} only {limit} are read.", file=sys.stderr)
+
+
+def read_embeddings(sources: list[Path], tokens: list[str] | None) -> list[Embedding]:
+    """The embeddings, renamed where --token is given. Raises UserError."""
+    embeddings = [read_embedding(source) for source in sources]
+    if tokens is not None:
+        if len(tokens) != len(embeddings):
+            raise UserError(f"--token has {len(tokens)} words for {len(embeddings)} embeddings: give one for each.")
+        embeddings = [renamed(*pair) for pair in zip(embeddings, tokens, strict=True)]
+    words = [embedding.token for embedding in embeddings]
+    twice = {word for word in words if words.count(word) > 1}
+    if twice:
+        raise EmbeddingError(
+            f"Two embeddings have the token {min(twice)!r}: rename them by --token, one word for each."
+        )
+    return embeddings
+
+
+def find_loras(sources: list[Path], family: str) -> list[Path]:
+    """LoRA weights in the embeddings' folders. Raises UserError where they cannot be used."""
+    files = [source / LORA_FILE for source in sources if os.path.isfile(source / LORA_FILE)]
+    if files and importlib.util.find_spec("peft") is None:
+        raise UserError(f"{files[0]} needs `pip install peft`; or leave it out by --no_lora.")
+    part = {"sdxl": "unet.", "sana": "transformer."}[family]
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                fits = any(key.startswith((part, "text_encoder")) for key in opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read: {one_line(error)}; leave it out by --no_lora.") from None
+        if not fits:
+            raise UserError(
+                f"{file} has no weights for {part[:-1]}: it is of another model; leave it out by --no_lora."
+            )
+    return files
+
+
+def choose_device(args: argparse.Namespace) -> str:
+    """--device, or the GPU where there is one. Raises UserError."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} is not there: {one_line(error)}") from None
+    for option in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        if getattr(args, option) and kind == "cpu":
+            raise UserError(
+                f"--{option} moves weights between a GPU and the CPU, and the device is the CPU: leave it out."
+            )
+    if args.enable_model_cpu_offload and args.enable_sequential_cpu_offload:
+        raise UserError("--enable_model_cpu_offload and --enable_sequential_cpu_offload: choose one of the two.")
+    return device
+
+
+def choose_dtype(option: str, family: str, device: str) -> torch.dtype:
+    """float32 on a CPU; on a GPU fp16 for SDXL, and bf16 for SANA, whose text encoder overflows in fp16."""
+    automatic = "fp32" if device == "cpu" else {"sdxl": "fp16", "sana": "bf16"}[family]
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return names[automatic if option == "auto" else option]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, minimum: float) -> Callable:
+    """An argparse type: a finite int or float of at least `minimum`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value <= (2**63 - 1 if kind is int else sys.float_info.max):
+            wanted = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} of at least {minimum}")
+        return value
+
+    return parse
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
+    """The options of models, prompts and sampling, which interpolate.py has too."""
+    add = parser.add_argument
+    # fmt: off
+    add("--pretrained_model_name_or_path", required=model_required, help="Folder or Hub id of the model, SDXL or SANA.")
+    add("--revision", default=None, help="Revision of the model on the Hub.")
+    add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
+    add("--prompt", action="extend", nargs="+", default=[], help='Prompts, with "{}" for the learned token ("{0}", "{1}" ... for several).')
+    add("--prompts", type=Path, default=None, help="File of prompts, one a line, besides those of --prompt.")
+    add("--negative_prompt", default=None, help="What the pictures shall not show. Default: none.")
+    add("--seeds", type=number(int, 0), action="extend", nargs="+", default=None, help="Seeds, a picture of each prompt for each. Default: 0.")
+    add("--batch_size", type=number(int, 1), default=1, help="Pictures that are drawn at once.")
+    add("--resolution", type=number(int, 8), default=None, help="Side of the pictures in pixels. Default: the model's.")
+    add("--num_inference_steps", type=number(int, 1), default=None, help="Steps. Default, the paper's: SDXL 50, SANA 20.")
+    add("--guidance_scale", type=number(float, 0), default=None, help="Classifier-free guidance. Default: SDXL 5, SANA 4.5.")
+    add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (SDXL DDIM, SANA Euler), or the one that the model ships with.")
+    add("--pooling", choices=["eos", "stock"], default="eos", help="Where SDXL's pooled text embedding is read: at the end token, or at the learned one as diffusers does.")
+    add("--complex_human_instruction", choices=["none", "default"], default="none", help="SANA's instruction in front of every prompt: none, or SanaPipeline's own. As the token was trained.")
+    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision of the models. Default: float32 on a CPU; on a GPU fp16 for SDXL, bf16 for SANA.")
+    add("--device", default=None, help="Such as cuda:1 or cpu. Default: the GPU where there is one.")
+    add("--enable_model_cpu_offload", action="store_true", help="Keep each model on the CPU until it is its turn: less GPU memory, a little slower.")
+    add("--enable_sequential_cpu_offload", action="store_true", help="The same for each layer: least GPU memory, much slower.")
+    add("--enable_vae_tiling", action="store_true", help="Decode pictures in tiles: less memory at high resolutions.")
+    add("--enable_vae_slicing", action="store_true", help="Decode the pictures of a batch one by one.")
+    add("--output_dir", type=Path, required=True, help="Where the results are written.")
+    add("--overwrite", action="store_true", help="Replace files that are there with other settings or content.")
+    # fmt: on
+
+
+def settle_options(args: argparse.Namespace, family: str) -> None:
+    """Put the family's defaults where nothing was said, and refuse what does not suit it. Raises UserError."""
+    args.num_inference_steps = args.num_inference_steps or STEPS[family]
+    args.guidance_scale = GUIDANCE_SCALE[family] if args.guidance_scale is None else args.guidance_scale
+    args.seeds = [0] if args.seeds is None else list(dict.fromkeys(args.seeds))
+    step = RESOLUTION_STEP[family]
+    if args.resolution is not None and args.resolution % step:
+        fits = max(args.resolution // step, 1) * step
+        raise UserError(f"--resolution {args.resolution} is not a multiple of {step}: try {fits}.")
+    if family == "sdxl" and args.complex_human_instruction != "none":
+        raise UserError("--complex_human_instruction is SANA's, and the model is Stable Diffusion XL: leave it out.")
+    if family == "sana" and args.pooling != "eos":
+        raise UserError(
+            "--pooling is Stable Diffusion XL's, and the model is SANA, which pools nothing: leave it out."
+        )
+
+
+def all_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt and --prompts, each once. Raises UserError."""
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts is not None else [])
+    for prompt in prompts:
+        if re.search("[\ud800-\udfff]", prompt):
+            raise UserError("--prompt is not valid UTF-8: write it in a terminal that is set to UTF-8.")
+        if not prompt.strip():
+            raise UserError("--prompt is empty: write what the picture shall show.")
+    return list(dict.fromkeys(prompts))
+
+
+def sampling_settings(args: argparse.Namespace, dtype: torch.dtype, loras: list[Path]) -> dict:
+    """What a picture depends on besides prompt, seed and embeddings, for its metadata."""
+    names = ("num_inference_steps", "guidance_scale", "scheduler", "resolution", "negative_prompt", "pooling")
+    return {
+        "model": model_fingerprint(args.pretrained_model_name_or_path, args.revision),
+        "variant": args.variant,
+        **{name: getattr(args, name) for name in (*names, "complex_human_instruction", "enable_vae_tiling")},
+        "dtype": str(dtype).removeprefix("torch."),
+        "loras": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in loras],
+    }
+
+
+def start_pipeline(args: argparse.Namespace, dtype: torch.dtype, device: str, embeddings: list, loras: list):
+    """The pipeline with all that was learned in it, and the low-memory switches. Raises UserError."""
+    offload = args.enable_model_cpu_offload or args.enable_sequential_cpu_offload
+    model, place = args.pretrained_model_name_or_path, "cpu" if offload else device
+    pipe = load_pipeline(model, dtype, place, args.revision, args.variant, args.scheduler)
+    load_embeddings(pipe, embeddings)
+    load_loras(pipe, loras)
+    if args.enable_vae_tiling:
+        pipe.vae.enable_tiling()
+    if args.enable_vae_slicing:
+        pipe.vae.enable_slicing()
+    if args.enable_model_cpu_offload:
+        pipe.enable_model_cpu_offload(device=device)
+    if args.enable_sequential_cpu_offload:
+        pipe.enable_sequential_cpu_offload(device=device)
+    return pipe
+
+
+def draw_missing(
+    start: Callable,
+    jobs: dict[Path, tuple[str, int, dict]],
+    args: argparse.Namespace,
+    told: dict[Path, str] | None = None,
+) -> int:
+    """Draw and save the pictures that are not there yet, and load the pipeline, by `start`, only if there are any.
+
+    Args:
+        jobs: for each file its prompt, seed and settings.
+        told: for each file the prompt that the pipeline is given, where it knows the token by another name.
+
+    Returns the number of pictures drawn. Raises UserError.
+    """
+    missing = {path: job for path, job in jobs.items() if not is_finished(path, picture_text(*job), args.overwrite)}
+    if not missing:
+        return 0
+    try:
+        pipe = start()
+        images = generate_pairs(
+            pipe,
+            [(told[path] if told else prompt, seed) for path, (prompt, seed, _) in missing.items()],
+            steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            batch_size=args.batch_size,
+            pooling=args.pooling,
+            resolution=args.resolution,
+            negative_prompt=args.negative_prompt,
+            instruction=sana_instruction() if args.complex_human_instruction == "default" else None,
+        )
+        for path, (_, _, image) in tqdm(zip(missing, images, strict=True), "Pictures", total=len(missing)):
+            write_files({path: to_png(image, picture_text(*missing[path]))})
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            "The GPU's memory is too small. Try a smaller --batch_size, --enable_model_cpu_offload or"
+            " --enable_vae_tiling; finished pictures are kept."
+        ) from None
+    return len(missing)
+
+
+def write_sheet(path: Path, rows: Iterable[Iterable[Path]], row_labels: list[str], column_labels: list[str]) -> None:
+    """Put saved pictures into a contact sheet."""
+    images = []
+    for row in rows:
+        images.append([])
+        for file in row:
+            with Image.open(file) as image:
+                images[-1].append(thumbnail(image))
+    write_files({path: to_png(contact_sheet(images, row_labels, column_labels), {})})
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("embeddings", type=Path, nargs="*", help="Output folders or files, before the options.")
+    parser.add_argument("--token", nargs="+", default=None, help="Other words for the embeddings, one for each.")
+    parser.add_argument("--no_lora", dest="lora", action="store_false", help=f"Leave {LORA_FILE} beside them alone.")
+    add_sampling_options(parser)
+    return parser
+
+
+def main() -> None:
+    args = command_line().parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+
+    # Everything is checked before any weight loads.
+    embeddings = read_embeddings(args.embeddings, args.token)
+    templates, tokens = all_prompts(args), [embedding.token for embedding in embeddings]
+    if not templates:
+        raise UserError("Give --prompt or --prompts: what the pictures shall show.")
+    prompts = [fill_prompt(template, tokens) for template in templates]
+    model = args.pretrained_model_name_or_path
+    family, tokenizers = check_model_fits(model, args.revision, args.embeddings, embeddings)
+    settle_options(args, family)
+    device = choose_device(args)
+    dtype = choose_dtype(args.dtype, family, device)
+    loras = find_loras(args.embeddings, family) if args.lora else []
+    note_long_prompts(prompts, tokenizers, family)
+    for prompt in prompts:
+        if tokens and not any(token in prompt for token in tokens):
+            print(f"Note: no learned token is in {prompt!r}.", file=sys.stderr)
+
+    settings = sampling_settings(args, dtype, loras)
+    settings["embeddings"] = {embedding.token: digest(embedding) for embedding in embeddings}
+    pairs = itertools.product(prompts, args.seeds)
+    jobs = {args.output_dir / picture_name(*pair): (*pair, settings) for pair in pairs}
+    grid = args.output_dir / "grid.png"
+    check_ours(grid, args.overwrite)
+    check_output_dir(args.output_dir)
+    drawn = draw_missing(lambda: start_pipeline(args, dtype, device, embeddings, loras), jobs, args)
+
+    rows = [[args.output_dir / picture_name(prompt, seed) for seed in args.seeds] for prompt in prompts]
+    write_sheet(grid, rows, prompts, [f"seed {seed}" for seed in args.seeds])
+    print(f"{drawn} pictures drawn, {len(jobs) - drawn} were there. All of them: {grid}")
+
+
+if __name__ == "__main__":
+    run(main)

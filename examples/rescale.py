@@ -1,0 +1,268 @@
+#!/usr/bin/env python
+"""Rescale a finished embedding to the norm of a model's own words: TI-rescaled, the paper's baseline without training.
+
+    python examples/rescale.py out/my-ti-dog --output_dir out/my-ti-dog-rescaled \
+      --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
+
+Textual Inversion's embeddings end with norms of 20 and more, where the vocabulary has about 0.4. This scales every vector
+to m*, the mean norm of the vocabulary of its text encoder (or the minimum, or a number, by --magnitude), and keeps its
+direction: e <- m* e / |e|. Without an input it prints the norms of a model's vocabulary:
+
+    python examples/rescale.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
+
+Of the model only the vocabularies are read, and those in parts: it needs neither a GPU nor much memory.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from export import (
+    ENCODERS,
+    FORMATS,
+    Embedding,
+    EmbeddingError,
+    UserError,
+    make_parser,
+    read_embedding,
+    renamed,
+    run,
+    write_embedding,
+)
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+
+FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "SanaPipeline": "sana"}
+VOCABULARIES = ("token_embedding.weight", "embed_tokens.weight")  # CLIP's and Gemma's, with a prefix by version
+ROWS_AT_A_TIME = 8192
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. A model's index and its vocabularies
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def model_index(model: str, revision: str | None = None) -> dict:
+    """The pipeline's model_index.json: its class and those of its parts. Raises UserError."""
+    option = f"--pretrained_model_name_or_path {model}"
+    if Path(model).is_file():
+        raise UserError(f"{option} is a file: load it with from_single_file and save_pretrained a folder.")
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
+    try:
+        index = DiffusionPipeline.load_config(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} cannot be read: {one_line(error)}") from None
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise UserError(f"{option} cannot be read: its model_index.json names no pipeline.")
+    return index
+
+
+def model_family(model: str, revision: str | None = None) -> str:
+    """ "sdxl" or "sana", by the class of the pipeline. Raises UserError for any other."""
+    name = model_index(model, revision)["_class_name"]
+    if name not in FAMILIES:
+        raise UserError(f"--pretrained_model_name_or_path {model} is a {name}: give one of {' or '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def find_file(model: str, name: str, revision: str | None) -> Path | None:
+    """A file of the model's folder or Hub repository; None where it has none of that name."""
+    if Path(model).is_dir():
+        return Path(model) / name if (Path(model) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+
+
+def read_parts(path: Path, key: str) -> Iterator[torch.Tensor]:
+    """A matrix of a safetensors file, some rows at a time."""
+    with safe_open(path, "pt") as file:
+        matrix = file.get_slice(key)
+        for start in range(0, matrix.get_shape()[0], ROWS_AT_A_TIME):
+            yield matrix[start : start + ROWS_AT_A_TIME]
+
+
+def vocabulary(model: str, encoder: str, revision: str | None = None, variant: str | None = None) -> Iterator:
+    """The embedding matrix (V, d) of a text encoder, some rows at a time, as its file has it.
+
+    Out of a safetensors file, or of several with an index; where there is none, the whole encoder is loaded.
+    """
+    dot = f".{variant}" if variant else ""
+    index = find_file(model, f"{encoder}/model.safetensors.index{dot}.json", revision)
+    if index is not None:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        key = next(key for key in files if key.endswith(VOCABULARIES))
+        yield from read_parts(find_file(model, f"{encoder}/{files[key]}", revision), key)
+        return
+    file = find_file(model, f"{encoder}/model{dot}.safetensors", revision)
+    if file is not None:
+        with safe_open(file, "pt") as opened:
+            key = next(key for key in opened.keys() if key.endswith(VOCABULARIES))
+        yield from read_parts(file, key)
+        return
+    cls = getattr(transformers, model_index(model, revision)[encoder][1])
+    options = {"revision": revision, "variant": variant, "torch_dtype": "auto"}
+    loaded, info = cls.from_pretrained(model, subfolder=encoder, output_loading_info=True, **options)
+    if any(key.endswith(VOCABULARIES) for key in info["missing_keys"]):  # they would be random
+        raise OSError(f"{encoder} has no vocabulary in its weights")
+    yield loaded.get_input_embeddings().weight.detach()
+
+
+def row_statistics(parts: Iterator[torch.Tensor]) -> dict[str, float]:
+    """Mean, minimum and maximum of the rows' norms, zero rows left out, and how many of those there are."""
+    width, norms = 0, []
+    for part in parts:
+        width = part.shape[-1]
+        # In float32 and some rows at a time, then float64 for the mean: the training scripts' vocabulary_magnitude.
+        norms += [rows.float().norm(dim=-1) for rows in part.split(ROWS_AT_A_TIME)]
+    norms = torch.cat(norms)
+    used = norms[norms > 0].double()
+    if not len(used) or not used.isfinite().all():
+        raise ValueError("its vocabulary is all zeros, or not finite")
+    return {
+        "mean": used.mean().item(),
+        "min": used.min().item(),
+        "max": used.max().item(),
+        "zero_rows": len(norms) - len(used),
+        "rows": len(norms),
+        "width": width,
+    }
+
+
+def magnitudes(model: str, revision: str | None = None, variant: str | None = None) -> dict[str, dict[str, float]]:
+    """Norms of the vocabulary's rows by text encoder: "mean", "min", "max", and "zero_rows", "rows", "width".
+
+    Args:
+        model: folder or Hub id of a pipeline in diffusers' format.
+
+    Raises:
+        UserError: where the model is of another kind, or its files are missing or damaged.
+    """
+    family = model_family(model, revision)
+    found = {}
+    for encoder in ENCODERS[family]:
+        try:
+            found[encoder] = row_statistics(vocabulary(model, encoder, revision, variant))
+        except (OSError, ValueError, TypeError, KeyError, StopIteration, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"--pretrained_model_name_or_path {model}: {encoder} cannot be read: {one_line(error)}"
+            ) from None
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Rescaling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def magnitude_rule(text: str) -> str | float:
+    """The argparse type of --magnitude: `mean`, `min` or a positive number."""
+    if text in ("mean", "min"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not mean, min or a number above 0")
+    return value
+
+
+def chosen_magnitudes(found: dict[str, dict[str, float]], rule: str | float) -> dict[str, float]:
+    """m* of each text encoder, by the rule of --magnitude."""
+    return {encoder: rule if isinstance(rule, float) else statistics[rule] for encoder, statistics in found.items()}
+
+
+def rescale(embedding: Embedding, magnitudes: dict[str, float]) -> Embedding:
+    """Every vector e of every encoder as m* e / |e|, for m* by encoder. The arithmetic is float64, the result float32.
+
+    Raises:
+        EmbeddingError: for a vector of norm zero, and where m* of an encoder is missing.
+    """
+    vectors = {}
+    for encoder, e in embedding.vectors.items():
+        if encoder not in magnitudes:
+            raise EmbeddingError(f"{embedding.token} has vectors for {encoder}, of which the model has none.")
+        norm = e.double().norm(dim=-1, keepdim=True)
+        if not norm.all():
+            raise EmbeddingError(f"{embedding.token} has a vector of zeros for {encoder}: it has no direction.")
+        vectors[encoder] = (magnitudes[encoder] * e.double() / norm).float()
+    rescaled_to = {"dti.rescaled_to": ", ".join(f"{magnitudes[encoder]:.6g}" for encoder in vectors)}
+    return replace(embedding, vectors=vectors, metadata={**embedding.metadata, **rescaled_to})
+
+
+def check_fits(embedding: Embedding, widths: dict[str, int], source: Path | str, model: str) -> None:
+    """Refuse an embedding of another family or other widths than the model's. Raises EmbeddingError."""
+    family = {1: "SANA", 2: "Stable Diffusion XL"}
+    if set(embedding.vectors) != set(widths):
+        mine, models = family[len(embedding.vectors)], family[len(widths)]
+        raise EmbeddingError(f"{source} is an embedding for {mine}, and --pretrained_model_name_or_path a {models}.")
+    found = {encoder: rows.shape[-1] for encoder, rows in embedding.vectors.items()}
+    if found != widths:
+        mine, wanted = (" and ".join(map(str, x.values())) for x in (found, widths))
+        raise EmbeddingError(f"{source} has vectors of width {mine}, but the text encoders of {model} need {wanted}.")
+
+
+def print_table(found: dict[str, dict[str, float]]) -> None:
+    print(f"{'norms':15}{'mean':>10}{'min':>10}{'max':>10}{'rows':>10}{'of zeros':>10}")
+    for encoder, x in found.items():
+        print(
+            f"{encoder:15}{x['mean']:10.4f}{x['min']:10.4f}{x['max']:10.4f}{x['rows']:10d}{x['zero_rows']:10d}",
+        )
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("input", type=Path, nargs="?", help="A run's output folder, or an embedding's file in any format.")
+    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the model, SDXL or SANA.")
+    add("--revision", default=None, help="Revision of the model on the Hub.")
+    add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
+    add("--magnitude", type=magnitude_rule, default="mean", metavar="{mean,min,NUMBER}", help="m*; paper: mean.")
+    add("--output_dir", type=Path, default=None, help="Where the files are written.")
+    add("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="What to write. Default: all.")
+    add("--token", default=None, help="Another word for the result.")
+    add("--overwrite", action="store_true", help="Replace files that hold something else.")
+    return parser
+
+
+def main() -> None:
+    args = command_line().parse_args()
+    if args.input is not None and args.output_dir is None:
+        raise UserError("--output_dir is missing: say where the rescaled embedding is written.")
+    if args.input is None and args.output_dir is not None:
+        raise UserError("--output_dir has nothing to hold: give an embedding to rescale before the options.")
+
+    embedding = None if args.input is None else read_embedding(args.input)
+    found = magnitudes(args.pretrained_model_name_or_path, args.revision, args.variant)
+    print_table(found)
+    if embedding is None:
+        return
+    widths = {encoder: statistics["width"] for encoder, statistics in found.items()}
+    check_fits(embedding, widths, args.input, args.pretrained_model_name_or_path)
+    result = rescale(embedding, chosen_magnitudes(found, args.magnitude))
+    if args.token is not None:
+        result = renamed(result, args.token)
+    for encoder, rows in embedding.vectors.items():
+        norms = zip(rows.norm(dim=-1), result.vectors[encoder].norm(dim=-1), strict=True)
+        print(f"{encoder}: " + ", ".join(f"{before:.4f} -> {after:.4f}" for before, after in norms))
+    for path in write_embedding(result, args.output_dir, args.format, args.overwrite):
+        print(path)
+
+
+if __name__ == "__main__":
+    run(main)
