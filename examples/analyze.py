@@ -1,0 +1,1251 @@
+#!/usr/bin/env python
+"""Measure what a learned word's norm does to it inside the text encoders, and write a report.
+
+    python examples/analyze.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+      --embeddings out/my-dog out/my-dog-ti --words dog car --output_dir out/analysis
+
+`--embeddings` takes finished embeddings: folders or files in any format that examples/export.py reads. The model is SDXL or
+SANA; of others in diffusers' format, those with CLIP's text encoders do for --words. Only text encoders and tokenizers
+are loaded. With nothing to download:
+
+    python examples/make_small_sdxl.py --output_dir small
+    python examples/analyze.py --pretrained_model_name_or_path small/sdxl --words dog teapot --output_dir out/analysis
+
+The measurements follow Directional Textual Inversion (https://arxiv.org/abs/2512.13672), for each text encoder:
+
+    norms         each vector's norm among the vocabulary's (Figure 1a)
+    neighbours    nearest vocabulary tokens, by cosine and by Euclidean distance (Tables 1 and 5)
+    initializer   cosine to the initializer, beside the initializer's own neighbours (Figure 1b)
+    attenuation   how much position is left after the first LayerNorm, against the norm (Lemma 1; CLIP only)
+    turning       how far the blocks turn the word's hidden state, against the norm (Proposition 1)
+    positions     how well a linear classifier still reads the word's position, against the norm (CLIP only)
+
+Written to --output_dir: `report.html`, which holds its plots and can be sent as it is, the plots as PNG, and
+`analysis.json` with every number.
+
+Sections: 1 options, 2 mathematics, 3 the model, 4 vectors and words, 5 measurements, 6 plots, 7 report, 8 main.
+"""
+
+import argparse
+import base64
+import contextlib
+import copy
+import html
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")  # no display is needed
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
+from export import EmbeddingError, UserError, check_output_dir, make_parser, read_embedding, run  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Model,
+)
+
+
+TEMPLATES = """
+a photo of {} | a painting of {} in the snow | my {} with a hat | a close-up picture of the {} on a table
+two children play with {} | an old drawing of {} | {} and a red car | in the garden there is a small {}
+the {} sleeps under a tree | a dark street with {} and rain | she holds the {} in her hand | a clay figure of {}
+"""
+TURNING_TEMPLATES = 4  # the first so many are the contexts in which the turning angle is measured
+POSITION_NORMS = (0.2, 0.4, 1.0, 2.0, 4.0, 8.0, 16.0)  # the paper's
+NEIGHBOURS = 5
+CHUNK = 8192  # rows of the vocabulary that are looked at together: Gemma's has 256,000 of 2,304 numbers
+CLASSIFIER_STEPS, CLASSIFIER_PROMPTS = 500, 16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline, in diffusers' format.")
+    add("--revision", default=None, help="Revision of the model on the Hub.")
+    add("--variant", default=None, help="Variant of the model's weight files, such as fp16. They are computed with in float32.")
+    add("--embeddings", type=Path, nargs="+", default=[], metavar="PATH", help="Learned embeddings: folders or files.")
+    add("--initializer_token", default=None, help="The class word that they started from. Default: what each embedding's file or training_options.json says.")
+    add("--words", nargs="+", default=[], metavar="WORD", help="Words of the vocabulary to look at besides.")
+    add("--prompts", type=Path, default=None, help="File of prompts, one a line, with {} for the word, instead of the built-in ones.")
+    add("--output_dir", type=Path, required=True, help="Where the report is written.")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device of the text encoders.")
+    add("--seed", type=int, default=0, help="Seed of the position classifier's prompts.")
+    return parser
+
+
+# fmt: on
+
+
+def check_options(args: argparse.Namespace) -> list[str]:
+    """Check what can be checked without the model. Returns the prompts. Raises UserError."""
+    if not args.embeddings and not args.words:
+        raise UserError("There is nothing to analyse: give --embeddings PATH, --words WORD or both.")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed} is not between 0 and {2**32 - 1}: choose another.")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on the kind of device
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--device {args.device} cannot be used ({reason}): try --device cpu.") from None
+    prompts = read_prompts(args.prompts)
+    check_output_dir(args.output_dir)
+    return prompts
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """Prompts of a file, or the built-in ones, each with {} for the word. Raises UserError."""
+    if path is None:
+        return [prompt.strip() for line in TEMPLATES.strip().splitlines() for prompt in line.split("|")]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}. Give a text file, a prompt a line.") from None
+    wrong = [line for line in lines if "{}" not in line]
+    if not lines or wrong:
+        problem = (
+            f"the line {wrong[0]!r} has no {{}}: write it where the word stands" if lines else "it has no prompts"
+        )
+        raise UserError(f"--prompts {path}: {problem}.")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Mathematics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def normalize(x: torch.Tensor) -> torch.Tensor:
+    """Rows of `x` (..., d) scaled to unit length. A zero row stays zero."""
+    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
+
+
+def angle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Angles (...) in degrees between the rows of `a` and `b` (..., d), exact also where they are nearly parallel."""
+    a, b = normalize(a), normalize(b)
+    return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))
+
+
+def attenuation(norm: torch.nn.LayerNorm, v: torch.Tensor, p: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """|Norm(m v + p) - Norm(m v)| (M, P) for a direction `v` (d), positions `p` (P, d) and norms `m` (M).
+
+    This is what a position adds to the first block's input (Lemma 1). In float64, for the difference is small.
+    """
+    norm = copy.deepcopy(norm).double()
+    v, p = v.double(), p.double()
+    word = m.double()[:, None, None] * v
+    return (norm(word + p) - norm(word)).norm(dim=-1)
+
+
+def attenuation_bound(norm: torch.nn.LayerNorm, v: torch.Tensor, p: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """Lemma 1's O(|p| / m) with its constant for this LayerNorm: (M, P) for `v` (d), `p` (P, d) and `m` (M).
+
+    LayerNorm with gain g and bias b is Norm(x) = g * f(C x) + b, with C x = x - mean(x) and
+    f(y) = sqrt(d) y / sqrt(|y|^2 + d eps). Write y' = (y, sqrt(d eps)), a vector of d + 1 numbers: f(y) is the first d of
+    sqrt(d) y' / |y'|. For any two vectors |a/|a| - b/|b|| <= 2 |a - b| / (|a| + |b|) (Dunkl and Williams, 1964). With
+    a = (m C v + C p)' and b = (m C v)', whose difference is C p,
+
+        |Norm(m v + p) - Norm(m v)|  <=  max|g| sqrt(d) 2 |C p| / (|a| + |b|)  <=  2 max|g| sqrt(d) |C p| / (m |C v|).
+
+    The last step leaves out |a| and eps, which only makes the bound larger: it holds for every m > 0 and every eps >= 0.
+    Where m is large the difference itself comes to at most half of it, for then |a| is near |b|.
+    """
+    v, p = (x.double() - x.double().mean(dim=-1, keepdim=True) for x in (v, p))
+    gain = norm.weight.double().abs().max() if norm.weight is not None else 1.0
+    # 2 max|g| sqrt(d) |C p| / (m |C v|)
+    return 2 * gain * math.sqrt(v.shape[-1]) * p.norm(dim=-1) / (m.double()[:, None] * v.norm())
+
+
+def turning_bound(length: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Proposition 1, in degrees: a state of norm |x| = `length` turns by at most (pi/2) B / (|x| - B), B = `update`.
+
+    The same formula bounds one block (B bounds its update) and all of them (with S, the sum of the blocks' B, for B and
+    |x0| for |x|). It says something only where |x| > B; elsewhere the result is infinite.
+    """
+    # (pi/2) B / (|x| - B)
+    bound = torch.rad2deg(math.pi / 2 * update / (length - update))
+    return torch.where(length > update, bound, torch.inf)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The model: text encoders and tokenizers, and nothing else of the pipeline
+# ----------------------------------------------------------------------------------------------------------------------
+
+ENCODER_CLASSES = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+    "Gemma2Model": Gemma2Model,
+    "Gemma2ForCausalLM": Gemma2Model,  # its head is not needed
+}
+
+
+@dataclass
+class TextEncoder:
+    """A frozen text encoder in float32 and the parts of it that are measured.
+
+    Attributes:
+        vocabulary: E (V, d), as shipped.
+        layers: the pre-norm blocks, in order.
+        norm: the first block's LayerNorm, or None where positions are not added (Gemma).
+        positions: learned position embeddings (P, d), or None.
+        scale: what an embedding is multiplied by before the first block: sqrt(d) in Gemma, else 1.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    vocabulary: torch.Tensor
+    layers: torch.nn.ModuleList
+    norm: torch.nn.LayerNorm | None
+    positions: torch.Tensor | None
+    scale: float
+
+
+@contextlib.contextmanager
+def loading_as_user_errors(name: str):
+    """Turn the loaders' errors about missing or damaged files into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
+
+
+def find_encoders(args: argparse.Namespace) -> dict[str, str]:
+    """The pipeline's text encoders that can be analysed, by name, with their class. Raises UserError."""
+    name = args.pretrained_model_name_or_path
+    option = f"--pretrained_model_name_or_path {name}"
+    if os.path.isfile(name):
+        raise UserError(f"{option} is a file: give the folder of a pipeline in diffusers' format.")
+    if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
+        raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
+    try:
+        index = DiffusionPipeline.load_config(name, revision=args.revision)
+        parts = {part: entry[1] for part, entry in index.items() if part.startswith("text_encoder") and entry[1]}
+    except (OSError, ValueError, AttributeError, TypeError, IndexError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{option} cannot be read: {reason}") from None
+    known = {part: cls for part, cls in parts.items() if cls in ENCODER_CLASSES}
+    if not known:
+        found = ", ".join(parts.values()) or "none"
+        raise UserError(
+            f"{option} has no text encoder of CLIP's or Gemma-2's (but {found}): give an SDXL or SANA model."
+        )
+    for part in parts.keys() - known.keys():
+        print(f"{part} is a {parts[part]}: it is left out.")
+    return known
+
+
+def load_tokenizer(name: str, encoder: str, cls: str, revision: str | None):
+    """The tokenizer that belongs to a text encoder: `tokenizer_2` to `text_encoder_2`."""
+    loader = CLIPTokenizer if cls.startswith("CLIP") else AutoTokenizer
+    with loading_as_user_errors(name):
+        tokenizer = loader.from_pretrained(
+            name, subfolder=encoder.replace("text_encoder", "tokenizer"), revision=revision
+        )
+        if len(tokenizer) < 300:  # transformers 5 makes an empty tokenizer of an empty folder
+            raise ValueError("a tokenizer has no vocabulary")
+    return tokenizer
+
+
+def load_encoder(args: argparse.Namespace, name: str, cls: str, tokenizer) -> TextEncoder:
+    """Load a text encoder in float32 onto the device and find its parts. Raises UserError."""
+    path = args.pretrained_model_name_or_path
+    options = {"subfolder": name, "revision": args.revision, "variant": args.variant, "torch_dtype": torch.float32}
+    with loading_as_user_errors(path):
+        model, info = ENCODER_CLASSES[cls].from_pretrained(path, output_loading_info=True, **options)
+        if info["missing_keys"]:  # transformers would go on with random ones
+            raise ValueError(f"{name} lacks the weights {sorted(info['missing_keys'])[0]} ...")
+    model.requires_grad_(False).eval().to(args.device)
+    # By kind and not by path: transformers 5.6 dropped CLIPTextModel's `text_model`.
+    count = model.config.num_hidden_layers
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+    positions = next((m.weight for n, m in model.named_modules() if n.endswith("position_embedding")), None)
+    return TextEncoder(
+        name,
+        model,
+        tokenizer,
+        vocabulary=model.get_input_embeddings().weight,
+        layers=layers,
+        norm=None if positions is None else layers[0].layer_norm1,
+        positions=positions,
+        scale=1.0 if positions is not None else math.sqrt(model.config.hidden_size),
+    )
+
+
+def hidden_states(encoder: TextEncoder, prefix: list[int], embeddings: torch.Tensor) -> torch.Tensor:
+    """The last token's states (M, L + 1, d) before and after each of the L blocks, with the tokens `prefix` before it.
+
+    `embeddings` (M, d) are what the vocabulary would hold for the token. What follows it in a prompt is not needed: both
+    kinds of encoder are causal. By hooks, for the output called `hidden_states` ends with a final norm in some models.
+    """
+    vocabulary, states = encoder.model.get_input_embeddings(), []
+    raw_scale = getattr(vocabulary, "embed_scale", 1.0)  # transformers 5 scales Gemma's embeddings in the vocabulary
+
+    def put_word(module, args, output):
+        return torch.cat([output[:, :-1], (embeddings * raw_scale)[:, None].to(output.dtype)], dim=1)
+
+    def before(module, args, kwargs):
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(module, args, output):
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [vocabulary.register_forward_hook(put_word)]
+    hooks.append(encoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
+    hooks += [layer.register_forward_hook(after) for layer in encoder.layers]
+    ids = torch.tensor([[*prefix, prefix[0]]], device=embeddings.device).expand(len(embeddings), -1)
+    options = {} if encoder.positions is not None else {"use_cache": False}
+    try:
+        encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([state[:, -1] for state in states], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Vectors and words
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """An embedding that was read: its label in the report, vectors by encoder, and the initializer's text, if known."""
+
+    label: str
+    vectors: dict[str, torch.Tensor]
+    initializer: str | None
+
+
+@dataclass
+class Vector:
+    """A vector (d) to analyse: `learned`, of an `initializer` or of a `word`. `row` is its place in the vocabulary.
+
+    A learned one has the row of its own initializer in `initializer_row`, where one is known.
+    """
+
+    label: str
+    kind: str
+    value: torch.Tensor
+    row: int | None = None
+    initializer_row: int | None = None
+
+    @property
+    def norm(self) -> float:
+        return self.value.norm().item()
+
+
+def known_initializer(path: Path, metadata: dict[str, str]) -> str | None:
+    """The class word that an embedding started from, as its file or the run's training_options.json beside it says."""
+    if metadata.get("dti.initializer_token"):
+        return metadata["dti.initializer_token"]
+    folder = path if path.is_dir() else path.parent
+    try:
+        options = json.loads((folder / "training_options.json").read_text(encoding="utf-8"))
+        text = options["options"]["initializer_token"]
+        return text if isinstance(text, str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not a run of these scripts
+
+
+def read_sources(args: argparse.Namespace) -> list[Source]:
+    """Read --embeddings. Two of the same name, such as a DTI and a TI run, are told apart by their paths."""
+    embeddings = []
+    for path in args.embeddings:
+        if args.embeddings.count(path) > 1:
+            raise UserError(f"--embeddings {path} is given twice: leave one out.")
+        try:
+            embeddings.append(read_embedding(path))
+        except EmbeddingError as error:
+            message = str(error)
+            raise UserError(message if message.startswith("--") else f"--embeddings {path}: {message}") from None
+    tokens = [embedding.token for embedding in embeddings]
+    sources = []
+    for path, embedding in zip(args.embeddings, embeddings, strict=True):
+        label = embedding.token
+        if tokens.count(label) > 1:
+            names = [p.name for p, t in zip(args.embeddings, tokens, strict=True) if t == label]
+            label += f" ({path.name if names.count(path.name) == 1 else path})"
+        initializer = args.initializer_token or known_initializer(path, embedding.metadata)
+        sources.append(Source(label, embedding.vectors, initializer))
+    return sources
+
+
+def check_widths(args: argparse.Namespace, sources: list[Source], encoders: dict[str, str]) -> None:
+    """Refuse embeddings of another model, by the text encoders' configurations alone. Raises UserError."""
+    name = args.pretrained_model_name_or_path
+    with loading_as_user_errors(name):
+        widths = {
+            part: AutoConfig.from_pretrained(name, subfolder=part, revision=args.revision).hidden_size
+            for part in encoders
+        }
+    for path, source in zip(args.embeddings, sources, strict=True):
+        found = {part: x.shape[-1] for part, x in source.vectors.items()}
+        if not found or any(widths.get(part) != width for part, width in found.items()):
+            listed = (", ".join(f"{part} {width}" for part, width in d.items()) or "none" for d in (found, widths))
+            problem = "has vectors of width {}, but {} needs {}: give the model that it was trained with"
+            given, needed = listed
+            raise UserError(f"--embeddings {path} {problem.format(given, name, needed)}.")
+
+
+def word_ids(tokenizer, text: str, option: str) -> list[int]:
+    """Token ids of a word. Raises UserError where the vocabulary has none for it."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids or any("\ufffd" in tokenizer.decode([i]) for i in ids):
+        raise UserError(f"{option} {text!r} is not in the vocabulary: give an English word.")
+    return ids
+
+
+def check_words(tokenizers: dict[str, object], sources: list[Source], words: list[str]) -> None:
+    """Refuse words and initializers that a vocabulary lacks, before weights load. Raises UserError."""
+    for tokenizer in tokenizers.values():
+        for word in words:
+            word_ids(tokenizer, word, "--words")
+        for source in sources:
+            if source.initializer:
+                word_ids(tokenizer, source.initializer, "--initializer_token")
+
+
+def token_text(tokenizer, token_id: int) -> str:
+    """A token as a reader knows it. One that only begins a word ends with a hyphen in CLIP; Gemma's "▁" is a space."""
+    token = tokenizer.convert_ids_to_tokens(int(token_id))
+    if token is None:  # a row beyond the tokenizer, as Gemma-2's padding of the vocabulary may be
+        return f"#{int(token_id)}"
+    if not isinstance(tokenizer, CLIPTokenizer) or token_id in tokenizer.all_special_ids:
+        return token
+    # A byte-level tokenizer writes bytes as other characters; a lone byte of a longer character decodes to nothing.
+    text = tokenizer.decode([token_id]).strip()
+    word = text if text.isprintable() and text and "\ufffd" not in text else token.removesuffix("</w>")
+    return word if token.endswith("</w>") else f"{word}-"
+
+
+def collect_vectors(encoder: TextEncoder, sources: list[Source], words: list[str]) -> list[Vector]:
+    """Everything to analyse in one text encoder: learned vectors, then their initializers, then words, each row once.
+
+    Several vectors start from the initializer's tokens in turn, as the training scripts have it.
+    """
+    vectors, rows = [], {}
+    for source in sources:
+        values = source.vectors.get(encoder.name)
+        if values is None:
+            continue
+        ids = [None]
+        if source.initializer:
+            ids = word_ids(encoder.tokenizer, source.initializer, "--initializer_token")
+        rows |= {row: "initializer" for row in ids if row is not None}
+        for index, value in enumerate(values.to(encoder.vocabulary.device, torch.float32)):
+            label = source.label if len(values) == 1 else f"{source.label} [{index}]"
+            vectors.append(Vector(label, "learned", value, initializer_row=ids[index % len(ids)]))
+    for word in words:
+        rows |= {row: "word" for row in word_ids(encoder.tokenizer, word, "--words") if row not in rows}
+    for row, kind in sorted(rows.items(), key=lambda item: item[1]):
+        value = encoder.vocabulary[row].float().clone()  # or it would keep the whole vocabulary in memory
+        if value.any():  # a zero row has no direction
+            label = token_text(encoder.tokenizer, row)
+            taken = any(vector.label == label for vector in vectors)
+            vectors.append(Vector(f"{label} #{row}" if taken else label, kind, value, row=row))
+    return vectors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Measurements. Each returns a dictionary of numbers and lists, as analysis.json has it.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def chunks(vocabulary: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """The vocabulary's rows (k, d) in float32, a part at a time, with the first one's place."""
+    for start in range(0, len(vocabulary), CHUNK):
+        yield start, vocabulary[start : start + CHUNK].float()
+
+
+def measure_norms(vocabulary: torch.Tensor, vectors: list[Vector]) -> tuple[dict, np.ndarray]:
+    """Figure 1a: the vocabulary's L2 norms, zero rows counted and left out, and each vector's percentile among them.
+
+    The percentile is the share of nonzero rows, in per cent, whose norm is at most the vector's.
+    Returns the norms (V',) besides, for the plot.
+    """
+    norms = torch.cat([rows.norm(dim=-1) for _, rows in chunks(vocabulary)]).cpu().double().numpy()
+    zero_rows, norms = int((norms == 0).sum()), np.sort(norms[norms > 0])
+    result = {
+        "rows": len(vocabulary),
+        "zero_rows": zero_rows,
+        **{name: float(getattr(norms, name)()) for name in ("mean", "std", "min", "max")},
+        "quantiles": {str(q): float(np.quantile(norms, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99)},
+        "vectors": {},
+    }
+    for vector in vectors:
+        rank = np.searchsorted(norms, vector.norm * (1 + 1e-6), side="right")  # a copied row must count itself
+        result["vectors"][vector.label] = {
+            "kind": vector.kind,
+            "norm": vector.norm,
+            "percentile": 100.0 * rank / len(norms),
+            "times_mean": vector.norm / result["mean"],
+        }
+    return result, norms
+
+
+def nearest_tokens(queries: torch.Tensor, vocabulary: torch.Tensor, rows: list[int | None], count: int = NEIGHBOURS):
+    """The nearest `count` rows of `vocabulary` (V, d) to each of `queries` (n, d).
+
+    Zero rows are left out, and of a query that is a row itself that row, given by `rows` (n).
+    Returns {"cosine": ..., "euclidean": ...}, each a pair of values and row numbers (n, count), the nearest first.
+    """
+    best = {"cosine": None, "euclidean": None}
+    for start, part in chunks(vocabulary):
+        similarity = normalize(queries) @ normalize(part).T
+        # Not by products: the distance to an equal row would be the rounding of two large squares.
+        distance = torch.cdist(queries, part, compute_mode="donot_use_mm_for_euclid_dist")
+        left_out = (part.norm(dim=-1) == 0).expand_as(distance).clone()
+        for query, row in enumerate(rows):
+            if row is not None and start <= row < start + len(part):
+                left_out[query, row - start] = True
+        ids = torch.arange(start, start + len(part), device=part.device).expand_as(distance)
+        for name, closeness in (("cosine", similarity), ("euclidean", -distance)):
+            closeness = closeness.masked_fill(left_out, -torch.inf)
+            found = ids
+            if best[name] is not None:
+                closeness, found = torch.cat([best[name][0], closeness], 1), torch.cat([best[name][1], found], 1)
+            top, order = closeness.topk(min(count, closeness.shape[1]), dim=1)
+            best[name] = top, found.gather(1, order)
+    best["euclidean"] = -best["euclidean"][0], best["euclidean"][1]
+    return best
+
+
+def measure_neighbours(encoder: TextEncoder, vectors: list[Vector]) -> dict:
+    """Tables 1 and 5: the nearest vocabulary tokens by cosine and by Euclidean distance, a word itself left out."""
+    queries = torch.stack([vector.value for vector in vectors])
+    best = nearest_tokens(queries, encoder.vocabulary, [vector.row for vector in vectors])
+    result = {}
+    for index, vector in enumerate(vectors):
+        result[vector.label] = {"kind": vector.kind}
+        for measure, (values, rows) in best.items():
+            pairs = zip(values[index].tolist(), rows[index].tolist(), strict=True)
+            result[vector.label][measure] = [
+                {"token": token_text(encoder.tokenizer, row), "id": row, "value": value}
+                for value, row in pairs
+                if math.isfinite(value)
+            ]
+    return result
+
+
+def measure_initializers(encoder: TextEncoder, vectors: list[Vector]) -> tuple[dict, dict[str, np.ndarray]]:
+    """Figure 1b: cosine and angle (degrees) of each learned vector to its initializer.
+
+    Returns besides, by initializer, the cosines (V',) of the whole vocabulary to it, against which to see them.
+    """
+    starts = {vector.row: vector for vector in vectors if vector.row is not None}
+    result, background = {}, {}
+    for vector in vectors:
+        start = starts.get(vector.initializer_row)
+        if start is None:
+            continue
+        result[vector.label] = {
+            "initializer": start.label,
+            "cosine": F.cosine_similarity(vector.value, start.value, dim=0).item(),
+            "degrees": angle(vector.value, start.value).item(),
+        }
+        if start.label not in background:
+            parts = [normalize(part) @ normalize(start.value) for _, part in chunks(encoder.vocabulary)]
+            cosines = torch.cat(parts)
+            cosines[start.row] = 0  # itself
+            background[start.label] = cosines[cosines != 0].cpu().numpy()
+    return result, background
+
+
+def norm_grid(mean: float, vectors: list[Vector], furthest: float = 0.0) -> torch.Tensor:
+    """Norms m to measure at: from an eighth of the vocabulary's mean, evenly in log m, and the vectors' own norms."""
+    own = [vector.norm for vector in vectors]
+    top = max(64 * mean, 2 * max(own), furthest)
+    bottom = min(mean / 8, min(own) / 2)
+    grid = np.geomspace(bottom, top, 3 * math.ceil(math.log2(top / bottom)) + 1)
+    return torch.tensor(sorted({*grid.tolist(), *own}), dtype=torch.float64)
+
+
+def measure_attenuation(encoder: TextEncoder, vectors: list[Vector], mean: float) -> dict:
+    """Lemma 1: what a position adds to the first LayerNorm's output, against the norm m, and its bound.
+
+    Over all positions of the encoder: mean, smallest and largest; `bound` is the largest of their bounds.
+    `largest_share_of_bound` is the largest ratio of any difference to the bound at its own position: at most 1.
+    """
+    m = norm_grid(mean, vectors)
+    norm, positions = (
+        copy.deepcopy(encoder.norm).cpu(),
+        encoder.positions.cpu(),
+    )  # not every device has float64
+    result = {"m": m.tolist(), "positions": len(positions), "vectors": {}}
+    for vector in vectors:
+        v = normalize(vector.value).cpu()
+        difference, bound = attenuation(norm, v, positions, m), attenuation_bound(norm, v, positions, m)
+        own = m.tolist().index(vector.norm)
+        result["vectors"][vector.label] = {
+            "mean": difference.mean(dim=1).tolist(),
+            "min": difference.amin(dim=1).tolist(),
+            "max": difference.amax(dim=1).tolist(),
+            "bound": finite(bound.amax(dim=1)),
+            "at_own_norm": difference[own].mean().item(),
+            "largest_share_of_bound": (difference / bound.clamp(min=torch.finfo(bound.dtype).tiny)).max().item(),
+        }
+    return result
+
+
+def prefixes(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Token ids of what stands before the word in the first prompts, the start token included."""
+    texts = dict.fromkeys(prompt.partition("{}")[0] for prompt in prompts)
+    ids = [tokenizer(text.lower()).input_ids for text in list(texts)[:TURNING_TEMPLATES]]
+    ids = [prefix[:-1] if prefix[-1] == tokenizer.eos_token_id else prefix for prefix in ids]
+    limit = 70  # tokens, of CLIP's 77: a longer beginning is cut in front
+    return [prefix if len(prefix) <= limit else [prefix[0], *prefix[-limit + 1 :]] for prefix in ids]
+
+
+def turn_states(encoder: TextEncoder, vector: Vector, contexts: list[list[int]], m: torch.Tensor) -> dict:
+    """Lengths, updates and angles of one direction's hidden state at the norms `m` (M), in each of the K contexts.
+
+    Returns `length` |x| (K, M, L + 1), `update` |x' - x| (K, M, L), `block` and `total` angles in degrees, (K, M, L) and
+    (K, M). A total is between the state that enters the first block and the one that leaves the last.
+    """
+    embeddings = m.to(vector.value)[:, None] * normalize(vector.value)
+    parts = {"length": [], "update": [], "block": [], "total": []}
+    for prefix in contexts:
+        x = hidden_states(encoder, prefix, embeddings).cpu().double()
+        parts["length"].append(x.norm(dim=-1))
+        parts["update"].append((x[:, 1:] - x[:, :-1]).norm(dim=-1))
+        parts["block"].append(angle(x[:, 1:], x[:, :-1]))
+        parts["total"].append(angle(x[:, -1], x[:, 0]))
+    return {name: torch.stack(part) for name, part in parts.items()}
+
+
+def measure_turning(encoder: TextEncoder, vectors: list[Vector], prompts: list[str], mean: float) -> dict:
+    """Proposition 1: how far each block, and all of them, turn the token's hidden state, against the norm m.
+
+    B of a block is its largest update seen in this sweep over norms, contexts and vectors. The true bound may be larger.
+    S is their sum. A bound is given only where its assumption, |x| > B or |x0| > S, was measured to hold in every
+    context. Each vector stands alone behind the contexts, also if its word has several.
+    The entries by vector are means over the contexts; `path` is the sum of the blocks' angles, which the total bound
+    covers as well: |x_l| >= |x0| - (B_1 + ... + B_l), so that the blocks' bounds add up to no more than it.
+    """
+    contexts = prefixes(encoder.tokenizer, prompts)
+    pilot = turn_states(encoder, vectors[0], contexts, norm_grid(mean, vectors[:1]))
+    reach = pilot["update"].amax(dim=(0, 1)).sum().item() / encoder.scale  # from here on the bound begins to apply
+    m = norm_grid(mean, vectors, furthest=8 * reach)
+    measured = {vector.label: turn_states(encoder, vector, contexts, m) for vector in vectors}
+    B = torch.stack([states["update"].amax(dim=(0, 1)) for states in measured.values()]).amax(dim=0)
+    S = B.sum()
+    result = {"m": m.tolist(), "contexts": len(contexts), "B": B.tolist(), "S": S.item(), "vectors": {}}
+    applies = broken = of = 0
+    for vector in vectors:
+        states = measured[vector.label]
+        block_bound = turning_bound(states["length"][..., :-1], B)
+        total_bound = turning_bound(states["length"][..., 0], S)
+        path = states["block"].sum(dim=-1)
+        own = m.tolist().index(vector.norm)
+        for value, bound in ((states["block"], block_bound), (states["total"], total_bound), (path, total_bound)):
+            of += value.numel()
+            applies += int(bound.isfinite().sum())
+            broken += int((value > bound + 1e-4).sum())
+        result["vectors"][vector.label] = {
+            "x0": states["length"][..., 0].mean(dim=0).tolist(),
+            "block": states["block"].mean(dim=0).tolist(),
+            "mean_block": states["block"].mean(dim=(0, 2)).tolist(),
+            "mean_block_bound": finite(block_bound.mean(dim=2).amax(dim=0)),
+            "total": states["total"].mean(dim=0).tolist(),
+            "path": path.mean(dim=0).tolist(),
+            "total_bound": finite(total_bound.amax(dim=0)),
+            "blocks_with_bound": block_bound.isfinite().all(dim=0).sum(dim=-1).tolist(),
+            "own": {
+                "mean_block": states["block"][:, own].mean().item(),
+                "total": states["total"][:, own].mean().item(),
+                "path": path[:, own].mean().item(),
+                "blocks": states["block"][:, own].mean(dim=0).tolist(),
+                "block_bounds": finite(block_bound[:, own].amax(dim=0)),
+                "total_bound": finite(total_bound[:, own].amax(dim=0, keepdim=True))[0],
+            },
+        }
+    return result | {"angles": of, "angles_with_bound": applies, "angles_above_bound": broken}
+
+
+def finite(values: torch.Tensor) -> list[float | None]:
+    """As a list, with None where a bound does not apply: JSON has no infinity."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def whole_words(encoder: TextEncoder) -> list[int]:
+    """Rows of the vocabulary that are whole words of letters; of a vocabulary without any, all rows."""
+    ids = []
+    for token, row in encoder.tokenizer.get_vocab().items():
+        word = token.removesuffix("</w>")
+        if token != word and len(word) > 1 and word.isascii() and word.isalpha() and row < len(encoder.vocabulary):
+            ids.append(row)
+    return sorted(ids) if len(ids) >= 5 else list(range(len(encoder.vocabulary)))
+
+
+def draw_prompts(tokenizer, prompts: list[str], words: np.ndarray, count: int, length: int, rng) -> torch.Tensor:
+    """Token ids (count, length): prompts in a row, filled with one to three random words, cut at a random place.
+
+    Long, so that every position has words and not only padding. Half of them begin with the start token, as all do in
+    practice, and half do not, so that the first position too is not known by that token alone.
+    """
+    pieces = [
+        [tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split("{}")] for prompt in prompts
+    ]
+    rows = []
+    for index in range(count):
+        ids = []
+        offset = int(rng.integers(length))
+        while len(ids) < offset + length:
+            for number, piece in enumerate(pieces[rng.integers(len(pieces))]):
+                ids += rng.choice(words, rng.integers(1, 4)).tolist() if number else []
+                ids += piece
+        start = [tokenizer.bos_token_id] if index % 2 else []
+        rows.append((start + ids[offset:])[:length])
+    return torch.tensor(rows)
+
+
+@torch.enable_grad()
+def train_position_classifier(encoder: TextEncoder, prompts: list[str], words: np.ndarray, rng):
+    """Fit softmax(W Norm(e + p) + b) to tell the position of a token. Returns a function from (N, d) to positions (N,).
+
+    Linear, where the authors' notebook has a hidden layer, and scored at every position, where theirs tests the first
+    alone: accuracies are alike in kind but not in number.
+    """
+    device, (length, width) = encoder.positions.device, encoder.positions.shape
+
+    def batch() -> torch.Tensor:
+        ids = draw_prompts(encoder.tokenizer, prompts, words, CLASSIFIER_PROMPTS, length, rng).to(device)
+        return encoder.norm(encoder.vocabulary[ids].float() + encoder.positions).flatten(0, 1)
+
+    labels = torch.arange(length, device=device).repeat(CLASSIFIER_PROMPTS)
+    shift, spread = (f(batch(), dim=0) for f in (torch.mean, torch.std))  # features of very unequal size
+    spread = spread.clamp(min=1e-6)
+    W, b = torch.zeros(length, width, device=device), torch.zeros(length, device=device)
+    optimizer = torch.optim.Adam([W.requires_grad_(), b.requires_grad_()], lr=2e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CLASSIFIER_STEPS)
+    for _ in range(CLASSIFIER_STEPS):
+        loss = F.cross_entropy((batch() - shift) / spread @ W.T + b, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    W, b = W.detach(), b.detach()
+    return lambda x: ((x - shift) / spread @ W.T + b).argmax(dim=-1)
+
+
+def measure_positions(encoder: TextEncoder, vectors: list[Vector], prompts: list[str], seed: int) -> dict:
+    """The position classifier's accuracy at all positions on each direction, scaled to `POSITION_NORMS` and as it is.
+
+    It is trained on prompts with four fifths of the vocabulary's whole words, these directions not among them. `held_out`
+    is its accuracy on prompts with the other words, `words` that on up to 200 of them, scaled like the directions.
+    """
+    rng = np.random.default_rng(seed)
+    analysed = {row for vector in vectors for row in (vector.row, vector.initializer_row)}
+    words = rng.permutation(whole_words(encoder))
+    unseen = np.array([row for row in words[: max(1, len(words) // 5)] if row not in analysed] or words[:1])
+    seen = np.array([row for row in words[max(1, len(words) // 5) :] if row not in analysed])
+    classify = train_position_classifier(encoder, prompts, seen, rng)
+    positions, target = encoder.positions, torch.arange(len(encoder.positions), device=encoder.positions.device)
+
+    def accuracy(embeddings: torch.Tensor) -> float:
+        return (
+            torch.stack([(classify(encoder.norm(e + positions)) == target).float().mean() for e in embeddings])
+            .mean()
+            .item()
+        )
+
+    ids = draw_prompts(encoder.tokenizer, prompts, unseen, 64, len(positions), rng).to(positions.device)
+    guesses = classify(encoder.norm(encoder.vocabulary[ids].float() + positions))
+    others = normalize(encoder.vocabulary[torch.tensor(unseen[:200], device=positions.device)].float())
+    result = {
+        "norms": list(POSITION_NORMS),
+        "chance": 1 / len(positions),
+        "held_out": (guesses == target).float().mean().item(),
+        "words": [accuracy(norm * others) for norm in POSITION_NORMS],
+        "vectors": {},
+    }
+    for vector in vectors:
+        v = normalize(vector.value)[None]
+        result["vectors"][vector.label] = {
+            "accuracy": [accuracy(norm * v) for norm in POSITION_NORMS],
+            "own": accuracy(vector.value[None]),
+        }
+    return result
+
+
+@torch.no_grad()
+def analyse(encoder: TextEncoder, vectors: list[Vector], prompts: list[str], seed: int) -> tuple[dict, dict]:
+    """All measurements in one text encoder. Returns them, and the large arrays that only the plots need.
+
+    The sweeps over norms are done for learned vectors and their initializers; for words where there is nothing else.
+    """
+    norms, all_norms = measure_norms(encoder.vocabulary, vectors)
+    initializers, background = measure_initializers(encoder, vectors)
+    swept = [vector for vector in vectors if vector.kind != "word"] or vectors
+    has_positions = encoder.positions is not None
+    result = {
+        "width": encoder.vocabulary.shape[1],
+        "blocks": len(encoder.layers),
+        "norms": norms,
+        "neighbours": measure_neighbours(encoder, vectors),
+        "initializers": initializers,
+        "attenuation": measure_attenuation(encoder, swept, norms["mean"]) if has_positions else None,
+        "turning": measure_turning(encoder, swept, prompts, norms["mean"]),
+        "positions": measure_positions(encoder, swept, prompts, seed) if has_positions else None,
+    }
+    return result, {"norms": all_norms, "cosines": background}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Plots
+# ----------------------------------------------------------------------------------------------------------------------
+
+STYLE = {
+    "figure.figsize": (8.5, 4.4),
+    "figure.dpi": 120,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "axes.titlesize": 10,
+    "savefig.bbox": "tight",
+}
+GREY, BOUND = "0.72", "tab:red"
+
+
+def colours(vectors: list[Vector]) -> dict[str, tuple]:
+    """A colour for each vector's label, the same in all plots."""
+    palette = plt.get_cmap("tab10" if len(vectors) <= 10 else "tab20").colors
+    palette = [colour for colour in palette if colour != plt.get_cmap("tab10").colors[3]]  # red is the bounds'
+    return {vector.label: palette[index % len(palette)] for index, vector in enumerate(vectors)}
+
+
+def line_style(vector: Vector) -> dict:
+    return {"linestyle": "-" if vector.kind == "learned" else "--", "linewidth": 1.8}
+
+
+def plain(label: str) -> str:
+    """A label that matplotlib shows as it is: dollars would begin a formula, and "_" would hide it from the legend."""
+    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
+def legend_beside(axes) -> None:
+    """The legend right of the plot, where any number of lines has room."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+
+
+def norm_axis(axes, label: str = "norm m of the embedding") -> None:
+    """A logarithmic axis of norms with plain numbers."""
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    numbers = FuncFormatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_major_formatter(numbers)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_minor_formatter(numbers if high < 10 * low else NullFormatter())  # within a decade: no other ticks
+
+
+def plot_norms(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
+    norms = extra["norms"]
+    bottom, top = min(norms[0], *(v.norm for v in vectors)), max(norms[-1], *(v.norm for v in vectors))
+    axes.hist(norms, bins=np.geomspace(bottom * 0.9, top * 1.1, 90), color=GREY, label="vocabulary")
+    mean = result["norms"]["mean"]
+    axes.axvline(mean, color="black", linewidth=1, linestyle=":", label=f"vocabulary's mean {mean:.3g}")
+    for vector in vectors:
+        colour = colours(vectors)[vector.label]
+        axes.axvline(
+            vector.norm, color=colour, **line_style(vector), label=plain(f"{vector.label}: {vector.norm:.3g}")
+        )
+    norm_axis(axes, "L2 norm of the embedding")
+    axes.set_ylabel("vocabulary tokens")
+    axes.set_yscale("symlog", linthresh=10)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    legend_beside(axes)
+
+
+def plot_initializers(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
+    for height, (start, cosines) in enumerate(extra["cosines"].items()):
+        # One band an initializer: the vocabulary as a line of dots, its nearest tokens by name, the learned ones above.
+        axes.scatter(cosines, np.full(len(cosines), height - 0.1), s=14, marker="|", linewidth=0.5, color=GREY)
+        for index, token in enumerate(result["neighbours"][start]["cosine"]):
+            axes.scatter(token["value"], height - 0.1, s=40, marker="|", color="black", linewidth=1.2)
+            place = (token["value"], height - 0.15 - 0.1 * index)
+            axes.annotate(plain(token["token"]), place, fontsize=8, ha="center", va="top", annotation_clip=False)
+        for vector in vectors:
+            found = result["initializers"].get(vector.label)
+            if found and found["initializer"] == start:
+                label = plain(f"{vector.label}: {found['cosine']:.3f} ({found['degrees']:.1f}°)")
+                colour = colours(vectors)[vector.label]
+                axes.scatter(found["cosine"], height + 0.1, s=60, marker="v", color=colour, label=label, zorder=3)
+    names = list(extra["cosines"])
+    axes.set_yticks(range(len(names)), map(plain, names))
+    axes.set_ylim(-0.75, len(names) - 0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("cosine to the initializer (grey: every vocabulary token; black, named: its nearest)")
+    legend_beside(axes)
+
+
+def mark_own_norms(axes, m: list[float], curves: dict[str, list[float]], vectors: list[Vector]) -> None:
+    """A dot on each vector's curve at the norm that it really has."""
+    for vector in vectors:
+        if vector.label in curves:
+            value = np.interp(math.log(vector.norm), np.log(m), curves[vector.label])
+            marker = "o" if vector.kind == "learned" else "s"
+            axes.plot(
+                vector.norm, value, marker, color=colours(vectors)[vector.label], markeredgecolor="black", zorder=4
+            )
+
+
+def plot_attenuation(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
+    found = result["attenuation"]
+    bounds = np.array([curve["bound"] for curve in found["vectors"].values()], dtype=float)
+    axes.plot(
+        found["m"],
+        bounds.max(axis=0),
+        color=BOUND,
+        linewidth=1.2,
+        linestyle="-.",
+        label="bound of the largest, O(|p|/m)",
+    )
+    for vector in vectors:
+        if curve := found["vectors"].get(vector.label):
+            colour = colours(vectors)[vector.label]
+            axes.fill_between(found["m"], curve["min"], curve["max"], color=colour, alpha=0.10, linewidth=0)
+            axes.plot(found["m"], curve["mean"], color=colour, **line_style(vector), label=plain(vector.label))
+    mark_own_norms(axes, found["m"], {k: c["mean"] for k, c in found["vectors"].items()}, vectors)
+    norm_axis(axes)
+    axes.set_yscale("log")
+    axes.set_ylabel("|Norm(m v + p) − Norm(m v)|")
+    legend_beside(axes)
+
+
+def plot_turning(quantity: str, bound: str, axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
+    found = result["turning"]
+    curves = {label: entry[quantity] for label, entry in found["vectors"].items()}
+    for vector in vectors:
+        if vector.label in curves:
+            axes.plot(
+                found["m"],
+                curves[vector.label],
+                color=colours(vectors)[vector.label],
+                **line_style(vector),
+                label=plain(vector.label),
+            )
+    bounds = [entry[bound] for entry in found["vectors"].values()]
+    worst = [max(column) if None not in column else math.nan for column in zip(*bounds, strict=True)]
+    axes.plot(found["m"], worst, color=BOUND, linewidth=1.2, linestyle="-.", label="bound, where it applies")
+    first = next((m for m, value in zip(found["m"], worst, strict=True) if math.isfinite(value)), found["m"][-1])
+    axes.axvspan(found["m"][0], first, color="black", alpha=0.05, linewidth=0, label="no bound here")
+    mark_own_norms(axes, found["m"], curves, vectors)
+    norm_axis(axes)
+    axes.set_xlim(found["m"][0], found["m"][-1])
+    axes.set_yscale("log")
+    axes.set_ylim(min(map(min, curves.values())) / 1.5, 400)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.set_ylabel("angle, degrees")
+    legend_beside(axes)
+
+
+def plot_turning_blocks(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
+    for vector in vectors:
+        if entry := result["turning"]["vectors"].get(vector.label):
+            colour, own = colours(vectors)[vector.label], entry["own"]
+            numbers = range(1, len(own["blocks"]) + 1)
+            label = plain(f"{vector.label}, m = {vector.norm:.3g}")
+            axes.plot(numbers, own["blocks"], marker=".", color=colour, **line_style(vector), label=label)
+            bounds = [math.nan if bound is None else min(bound, 180) for bound in own["block_bounds"]]
+            axes.plot(numbers, bounds, "_", color=colour, markersize=14, markeredgewidth=2)
+    axes.plot([], [], "_", color="black", markersize=14, markeredgewidth=2, label="bound (180° at most)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("block")
+    axes.set_ylabel("angle, degrees")
+    axes.set_ylim(bottom=0)
+    legend_beside(axes)
+
+
+def plot_positions(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
+    found = result["positions"]
+    words = {"color": "black", "linewidth": 4, "alpha": 0.25, "label": "vocabulary words, not trained on"}
+    axes.plot(found["norms"], found["words"], **words)
+    for vector in vectors:
+        if curve := found["vectors"].get(vector.label):
+            points = sorted(
+                {**dict(zip(found["norms"], curve["accuracy"], strict=True)), vector.norm: curve["own"]}.items()
+            )
+            m, accuracy = zip(*points, strict=True)
+            colour = colours(vectors)[vector.label]
+            axes.plot(m, accuracy, marker=".", color=colour, **line_style(vector), label=plain(vector.label))
+            marker = "o" if vector.kind == "learned" else "s"
+            axes.plot(vector.norm, curve["own"], marker, color=colour, markeredgecolor="black", zorder=4)
+    axes.axhline(found["chance"], color=BOUND, linewidth=1, linestyle=":", label=f"chance, {found['chance']:.3f}")
+    norm_axis(axes)
+    axes.set_xticks(found["norms"])
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_ylabel("positions told rightly")
+    legend_beside(axes)
+
+
+PLOTS = {
+    "norms": (plot_norms, "norms of the embeddings"),
+    "initializer": (plot_initializers, "cosines to the initializers"),
+    "attenuation": (
+        plot_attenuation,
+        "what positions add to the first LayerNorm's output (mean; shaded: all positions)",
+    ),
+    "turning": (partial(plot_turning, "total", "total_bound"), "angle from the first to the last hidden state"),
+    "turning_mean": (
+        partial(plot_turning, "mean_block", "mean_block_bound"),
+        "angle by which a block turns the hidden state, mean over the blocks",
+    ),
+    "turning_blocks": (
+        plot_turning_blocks,
+        "angle by which each block turns the hidden state, at the vector's own norm",
+    ),
+    "positions": (plot_positions, "positions told from the first LayerNorm's output by a linear classifier"),
+}
+
+
+def draw_plots(encoder: str, result: dict, extra: dict, vectors: list[Vector], folder: Path) -> dict[str, Path]:
+    """Draw what was measured as `<plot>-<encoder>.png`. Returns the paths by the plot's name."""
+    missing = {"initializer": "initializers", "attenuation": "attenuation", "positions": "positions"}
+    paths = {}
+    for name, (draw, title) in PLOTS.items():
+        if name in missing and not result[missing[name]]:
+            continue
+        with plt.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: a box is shown
+            size = (8.5, 1.2 + 1.6 * len(extra["cosines"])) if name == "initializer" else None
+            figure, axes = plt.subplots(figsize=size)
+            draw(axes, result, extra, vectors)
+            axes.set_title(f"{encoder}: {title}", loc="left")
+            paths[name] = folder / f"{name}-{encoder}.png"
+            figure.savefig(paths[name])
+            plt.close(figure)
+    return paths
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Analysis of learned embeddings</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-size: 14px }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left; vertical-align: top }}
+td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
+img {{ max-width: 100% }} h2 {{ border-bottom: 2px solid #222; margin-top: 3rem }} .note {{ color: #666 }}
+</style></head><body>
+<h1>Analysis of learned embeddings</h1>
+{body}
+</body></html>
+"""
+POSITIONS_ABSENT = (
+    "Does not apply: this encoder adds no position embeddings to its tokens. Its positions are rotary: they turn queries and"
+    " keys within attention, whatever the norm of the embedding."
+)
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """An HTML table: numbers to the right, texts escaped."""
+    lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    for row in rows:
+        cells = [
+            f"<td>{html.escape(cell)}</td>" if isinstance(cell, str) else f'<td class="number">{number(cell)}</td>'
+            for cell in row
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def picture(paths: dict[str, Path], name: str) -> str:
+    if name not in paths:
+        return ""
+    return (
+        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(paths[name].read_bytes()).decode()}"></p>'
+    )
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def norms_section(result: dict, paths: dict) -> list[str]:
+    norms = result["norms"]
+    rows = [[k, v["kind"], v["norm"], v["times_mean"], v["percentile"]] for k, v in norms["vectors"].items()]
+    text = (
+        f"The vocabulary has {norms['rows']} tokens with norms of {norms['mean']:.4g} on average (deviation {norms['std']:.2g},"
+        f" {norms['min']:.4g} to {norms['max']:.4g}); {norms['zero_rows']} rows are zero and left out."
+    )
+    head = ["vector", "kind", "norm", "times the mean", "percentile of the vocabulary"]
+    return ["<h3>Norms</h3>", paragraph(text), picture(paths, "norms"), table(head, rows)]
+
+
+def neighbours_section(result: dict) -> list[str]:
+    rows = []
+    for label, found in result["neighbours"].items():
+        lists = (", ".join(f"{t['token']} ({t['value']:.3f})" for t in found[m]) for m in ("cosine", "euclidean"))
+        rows.append([label, found["kind"], *lists])
+    text = "The nearest tokens of the vocabulary, a token of the vocabulary itself left out."
+    head = ["vector", "kind", "by cosine", "by Euclidean distance"]
+    return ["<h3>Neighbours</h3>", paragraph(text), table(head, rows)]
+
+
+def initializers_section(result: dict, paths: dict) -> list[str]:
+    if not result["initializers"]:
+        text = "No learned vector with a known initializer: --initializer_token names it."
+        return ["<h3>Distance from the initializer</h3>", paragraph(text)]
+    rows = [[k, v["initializer"], v["cosine"], v["degrees"]] for k, v in result["initializers"].items()]
+    head = ["vector", "initializer", "cosine", "angle, degrees"]
+    return ["<h3>Distance from the initializer</h3>", picture(paths, "initializer"), table(head, rows)]
+
+
+def attenuation_section(result: dict, paths: dict) -> list[str]:
+    title = "<h3>Position after the first LayerNorm</h3>"
+    if result["attenuation"] is None:
+        return [title, paragraph(POSITIONS_ABSENT)]
+    text = (
+        "What a position embedding p adds to the output of the first LayerNorm, |Norm(m v + p) − Norm(m v)|, where the word"
+        " has direction v and norm m. Lemma 1: it falls as |p|/m. The bound is 2 max|gain| √d |p| / (m |v|), p and v less"
+        " their means; dots are at the vectors' own norms."
+    )
+    rows = [[k, v["at_own_norm"], v["largest_share_of_bound"]] for k, v in result["attenuation"]["vectors"].items()]
+    head = ["vector", "at its own norm, mean over positions", "largest share of the bound (at most 1)"]
+    return [title, paragraph(text), picture(paths, "attenuation"), table(head, rows)]
+
+
+def turning_section(result: dict, paths: dict) -> list[str]:
+    found = result["turning"]
+    text = (
+        f"The angle by which the blocks turn the word's hidden state, the mean of {found['contexts']} contexts. Proposition 1:"
+        " at most (π/2) B/(|x| − B) for a block whose update is bounded by B, and (π/2) S/(|x0| − S) for all of them, S the"
+        " sum of their B. B of a block is its largest update seen here, over norms, contexts and vectors; the true bound may"
+        f" be larger. S = {found['S']:.4g}. The total bound needs |x0| > S and the block's |x| > B;"
+        f" of {found['angles']} angles measured a bound applies to {found['angles_with_bound']}, and"
+        f" {found['angles_above_bound']} of these are above it."
+    )
+    rows = []
+    for label, entry in found["vectors"].items():
+        own = entry["own"]
+        bounded = sum(bound is not None for bound in own["block_bounds"])
+        total = own["total_bound"] if own["total_bound"] is not None else "does not apply here"
+        blocks = f"{bounded} of {len(own['blocks'])}"
+        rows.append([label, own["mean_block"], blocks, own["path"], own["total"], total])
+    head = ["vector, at its own norm", "a block, mean, degrees", "blocks with a bound", "sum of blocks, degrees"]
+    head += ["first to last state, degrees", "bound of both, degrees"]
+    plots = [picture(paths, name) for name in ("turning", "turning_mean", "turning_blocks")]
+    return ["<h3>Turning of the hidden state</h3>", paragraph(text), *plots, table(head, rows)]
+
+
+def positions_section(result: dict, paths: dict) -> list[str]:
+    title = "<h3>Reading the position</h3>"
+    found = result["positions"]
+    if found is None:
+        return [title, paragraph(POSITIONS_ABSENT)]
+    text = (
+        "The share of positions that a linear softmax classifier tells from the first LayerNorm's output. It is trained on"
+        f" prompts of vocabulary words at all positions; on prompts of words that it has not seen it is right in"
+        f" {100 * found['held_out']:.1f}% (chance: {100 * found['chance']:.1f}%). Each direction is then put at every position"
+        " with these norms. The paper's classifier is larger and tested at the first position, so its figures differ."
+    )
+    rows = [["vocabulary words, not trained on", *found["words"], None]]
+    rows += [[label, *entry["accuracy"], entry["own"]] for label, entry in found["vectors"].items()]
+    head = ["accuracy at norm", *(f"{norm:g}" for norm in found["norms"]), "its own norm"]
+    return [title, paragraph(text), picture(paths, "positions"), table(head, rows)]
+
+
+def write_report(args: argparse.Namespace, results: dict[str, dict], paths: dict[str, dict]) -> None:
+    """Write report.html, in which the plots are, and analysis.json. Raises UserError."""
+    about = {
+        "model": args.pretrained_model_name_or_path,
+        "embeddings": [str(path) for path in args.embeddings],
+        "seed": args.seed,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    body = [
+        paragraph(
+            f"Model: {about['model']}. Embeddings: {', '.join(about['embeddings']) or 'none'}. Seed {args.seed}."
+        )
+    ]
+    key = "In the plots solid lines and round dots are learned vectors, dashed lines and squares tokens of the vocabulary."
+    body.append(paragraph(key))
+    for name, result in results.items():
+        body.append(f"<h2>{name}</h2>")
+        body.append(paragraph(f"{result['class']}, {result['blocks']} blocks, width {result['width']}."))
+        body += [*norms_section(result, paths[name]), *neighbours_section(result)]
+        body += [*initializers_section(result, paths[name]), *attenuation_section(result, paths[name])]
+        body += [*turning_section(result, paths[name]), *positions_section(result, paths[name])]
+    versions = ", ".join(f"{library} {version}" for library, version in about["versions"].items())
+    body.append(f'<p class="note">{html.escape(versions)}. Every number is in analysis.json.</p>')
+    text = json.dumps(about | {"encoders": results}, indent=1, allow_nan=False)
+    (args.output_dir / "analysis.json").write_text(text + "\n", encoding="utf-8")
+    (args.output_dir / "report.html").write_text(PAGE.format(body="\n".join(body)), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Everything that a user can get wrong is looked at before any weight loads.
+    args = command_line().parse_args(argv)
+    prompts = check_options(args)
+    sources = read_sources(args)
+    classes = find_encoders(args)
+    path = args.pretrained_model_name_or_path
+    tokenizers = {name: load_tokenizer(path, name, cls, args.revision) for name, cls in classes.items()}
+    check_widths(args, sources, classes)
+    check_words(tokenizers, sources, args.words)
+
+    results, paths = {}, {}
+    for name, cls in classes.items():
+        encoder = load_encoder(args, name, cls, tokenizers[name])
+        vectors = collect_vectors(encoder, sources, args.words)
+        print(f"{name}: {len(vectors)} vectors and words", flush=True)
+        if not vectors:  # the embeddings are of the other encoder alone
+            continue
+        results[name], extra = analyse(encoder, vectors, prompts, args.seed)
+        results[name] = {"class": cls} | results[name]
+        try:
+            paths[name] = draw_plots(name, results[name], extra, vectors, args.output_dir)
+        except OSError as error:
+            raise UserError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}.") from None
+        del encoder  # one at a time in memory
+    write_report(args, results, paths)
+    print(f"Wrote {args.output_dir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run(main)
