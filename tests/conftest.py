@@ -1,5 +1,6 @@
 """What the tests share: the small pipeline and photographs, and ways to run the training script."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the Hub
 
 import make_small_sana  # noqa: E402
 import make_small_sdxl  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from transformers import Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel  # noqa: E402
 
 import train_dti_sdxl  # noqa: E402
 
@@ -30,6 +33,42 @@ def small(tmp_path_factory) -> Path:
     make_small_sdxl.make_pipeline(folder / "sdxl")
     make_small_sana.make_pipeline(folder / "sana")
     make_small_sdxl.make_photographs(folder / "photos")
+    return folder
+
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of DINOv2's pictures
+
+
+def save_processor(folder, kind: str, **config) -> None:
+    """What a judge's repository on the Hub has, in the words that all versions of transformers know."""
+    config = {"image_processor_type": kind, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255} | config
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, "resample": 3} | config))
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory):
+    """Small random judges with their processors, for pictures of 64 pixels."""
+    folder = tmp_path_factory.mktemp("judges")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "dino")
+    crop = {"do_center_crop": True, "crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
+    save_processor(folder / "dino", "BitImageProcessor", image_mean=list(MEAN), image_std=list(STD), **crop)
+    tokenizer = make_small_sdxl.make_tokenizer(folder / "siglip", "<|endoftext|>")
+    last = len(tokenizer) - 1
+    text = {"vocab_size": last + 1, "pad_token_id": last, "bos_token_id": last - 1, "eos_token_id": last}
+    text |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = SiglipModel(
+        SiglipConfig(
+            text_config=text | {"projection_size": 32, "max_position_embeddings": 64},
+            vision_config=sizes | {"intermediate_size": 64},
+        )
+    )
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5), model.logit_bias.fill_(-2.0)
+    model.save_pretrained(folder / "siglip")
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    save_processor(folder / "siglip", "SiglipImageProcessor", size={"height": 64, "width": 64}, **half)
     return folder
 
 

@@ -1,0 +1,1169 @@
+#!/usr/bin/env python
+"""Evaluate learned embeddings by the paper's protocol: pictures, image and text scores, tables, sheets and a plot.
+
+    python examples/evaluate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+      --embeddings DTI=out/dog TI=out/ti-dog --rescale TI=mean --instance_data_dir photos/dog --class_word dog \
+      --prompts live --output_dir evaluation
+
+Every prompt is sampled with every seed: 40 prompts x 4 seeds = 160 pictures of a subject by each method. The image score
+is the cosine of DINOv2's class features between a picture and every reference picture, averaged; the text score is SigLIP's
+sigmoid of the image-text logit, with the class word in the placeholder's stead (arXiv 2512.13672).
+
+Many subjects come from a table (CSV, or JSON with a list of objects), a subject and a method a row:
+
+    subject,method,path,instance_data_dir,class_word,prompts
+    dog,DTI,out/dog,photos/dog,dog,live
+    dog,TI,out/ti-dog,photos/dog,dog,live
+    teapot,DTI,out/teapot,photos/teapot,teapot,object
+
+    python examples/evaluate.py --pretrained_model_name_or_path ... --table table.csv --output_dir evaluation
+
+In the miniature world, whose attributes can be read off a picture, add `--prompts world --classifiers FOLDER`.
+
+Written to --output_dir: `pictures/<subject>/<method>/<prompt>-<seed>.png`, `references`, `report.md`, `summary.csv`,
+`scores.csv` (a row a picture), `evaluation.json` (all of it, for user_study.py), `scatter.png` and `sheets`, the methods
+side by side. Started again, it keeps the pictures that were made with the same settings and makes the rest.
+
+google/siglip's tokenizer needs the packages sentencepiece and protobuf.
+
+Sections: 1 options, 2 prompts, 3 subjects and methods, 4 pictures, 5 scores, 6 attributes of the miniature world,
+7 statistics, 8 tables, sheets and plot, 9 main.
+"""
+
+import argparse
+import csv
+import gc
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import math
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from export import Embedding, UserError, make_parser, read_embedding, renamed, run, write_files
+from generate import (
+    LORA_FILE,
+    check_model_fits,
+    choose_dtype,
+    generate_pairs,
+    load_embeddings,
+    load_pipeline,
+    model_fingerprint,
+    sana_instruction,
+    settle_options,
+    to_png,
+)
+from generate import number as at_least
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rescale import chosen_magnitudes, magnitude_rule, magnitudes, model_family, one_line, rescale
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+
+MINIATURE = Path(__file__).resolve().parent / "miniature"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rescale_option(text: str) -> tuple[str | None, str | float]:
+    """METHOD=RULE as (method, rule); a rule alone is for every method."""
+    method, equals, rule = text.rpartition("=")
+    return method if equals else None, magnitude_rule(rule)
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name.strip() and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, such as DTI=out/dog")
+    return name.strip(), Path(path)
+
+
+# fmt: off
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Pipeline that the embeddings were trained for.")
+    add("--revision", help="Revision of the pipeline on the Hub.")
+    add("--variant", help="Variant of the pipeline's weights, such as fp16.")
+    add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
+    add("--table", type=Path, help="CSV or JSON file: a subject and a method a row.")
+    add("--embeddings", type=named_path, nargs="+", metavar="NAME=PATH", help="Methods and their embeddings (one subject).")
+    add("--subject", help="The subject's name. Default: that of --instance_data_dir.")
+    add("--instance_data_dir", type=Path, help="Reference pictures.")
+    add("--masks", type=Path, help="Masks of the reference pictures, of the same names, the subject white: the rest is blacked out.")
+    add("--class_word", help="What the subject is: stands for it in the text score.")
+    add("--prompts", default="object", help=f"{', '.join(BUILT_IN)}, or a file with a prompt a line, {{}} for the subject. Default: object.")
+    add("--rescale", type=rescale_option, nargs="+", default=[], metavar="[METHOD=]RULE",
+        help="Evaluate METHOD (or all) rescaled to the vocabulary's norm too: mean, min or a number.")
+    add("--seeds", type=at_least(int, 0), nargs="+", default=[0, 1, 2, 3], help="A picture of each prompt for each. Paper: four.")
+    add("--num_inference_steps", type=at_least(int, 1), help="Default: 50 for SDXL, 20 for SANA, as in the paper.")
+    add("--guidance_scale", type=at_least(float, 0), help="Default: 5 for SDXL, 4.5 for SANA.")
+    add("--pooling", choices=("eos", "stock"), default="eos", help="Where SDXL's second encoder pools (README).")
+    add("--batch_size", type=at_least(int, 1), default=4, help="Pictures at a time.")
+    add("--resolution", type=at_least(int, 8), help="Side of the pictures in pixels. Default: the model's.")
+    add("--complex_human_instruction", choices=("none", "default"), default="none", help="SANA's instruction before every prompt.")
+    add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="The pipeline's: on a CPU fp32, on a GPU fp16 for SDXL, bf16 for SANA. Scores are fp32.")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Default: cuda where there is one.")
+    add("--dino", default="facebook/dinov2-base", help="Image score's model: Hub id or folder.")
+    add("--siglip", default="google/siglip-base-patch16-512", help="Text score's model: Hub id or folder.")
+    add("--classifiers", type=Path, help="Folder of the miniature world's attribute classifiers.")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked. Raises UserError."""
+    args = command_line().parse_args(argv)
+    check_options(args)
+    return args
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what the options alone show to be wrong. Raises UserError."""
+    if (args.table is None) == (args.embeddings is None):
+        raise UserError("Give either --table, or --embeddings with --instance_data_dir and --class_word.")
+    for name in ("instance_data_dir", "class_word"):
+        if args.embeddings and getattr(args, name) is None:
+            raise UserError(f"--embeddings needs --{name} too.")
+    for name in ("instance_data_dir", "class_word", "subject", "masks"):
+        if args.table and getattr(args, name) is not None:
+            raise UserError(f"--{name} is for one subject: with --table, make it a column of {args.table}.")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is there twice.")
+    if args.classifiers and not (args.classifiers / "model.safetensors").is_file():
+        raise UserError(
+            f"--classifiers {args.classifiers} has no model.safetensors: give the miniature's classifiers."
+        )
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} cannot be used: {one_line(error)}") from None
+    check_output_dir(args.output_dir)
+
+
+OUTPUTS = (
+    "pictures",
+    "references",
+    "sheets",
+    "report.md",
+    "summary.csv",
+    "scores.csv",
+    "evaluation.json",
+    "scatter.png",
+)
+
+
+def check_output_dir(folder: Path) -> None:
+    """Make the folder, or see that it is one of ours: nothing else is ever overwritten. Raises UserError."""
+    mark = folder / ".evaluation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = [] if mark.exists() else [name for name in OUTPUTS if (folder / name).exists()]
+        if foreign:
+            raise UserError(f"--output_dir {folder} has a {foreign[0]} that is not of this script: choose another.")
+        mark.touch()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another.") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Prompts, fixed before any method was run: {} is the subject
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, "simple" or "complex" or neither, and in the miniature world the attributes that it states."""
+
+    text: str
+    kind: str = ""
+    states: dict[str, str] = field(default_factory=dict)
+
+    def with_word(self, word: str) -> str:
+        """The prompt with a token, or for the text score with the class word."""
+        return self.text.replace("{}", word)
+
+
+# DreamBooth's 25 for each kind of subject, without the class word beside the token.
+BOTH = """
+a {} in the jungle | a {} in the snow | a {} on the beach | a {} on a cobblestone street | a {} on top of pink fabric
+a {} on top of a wooden floor | a {} with a city in the background | a {} with a mountain in the background
+a {} with a blue house in the background | a {} on top of a purple rug in a forest
+"""
+CHANGED = "a red {} | a purple {} | a shiny {} | a wet {} | a cube shaped {}"
+OBJECT_SIMPLE = f"""{BOTH}
+a {{}} with a wheat field in the background | a {{}} with a tree and autumn leaves in the background
+a {{}} with the Eiffel Tower in the background | a {{}} floating on top of water | a {{}} floating in an ocean of milk
+a {{}} on top of green grass with sunflowers around it | a {{}} on top of a mirror
+a {{}} on top of the sidewalk in a crowded street | a {{}} on top of a dirt road | a {{}} on top of a white rug
+{CHANGED}
+"""
+LIVE_SIMPLE = f"""{BOTH}
+a {{}} wearing a red hat | a {{}} wearing a santa hat | a {{}} wearing a rainbow scarf
+a {{}} wearing a black top hat and a monocle | a {{}} in a chef outfit | a {{}} in a firefighter outfit
+a {{}} in a police outfit | a {{}} wearing pink glasses | a {{}} wearing a yellow shirt
+a {{}} in a purple wizard outfit
+{CHANGED}
+"""
+OBJECT_COMPLEX = """
+a watercolor painting of a {} on a windowsill, with rain running down the glass behind it
+a {} on a picnic blanket between a basket of apples and a sleeping cat, seen from above
+a robot carefully carrying a {} across a busy crosswalk at night, neon signs reflected in puddles
+an oil painting of a {} on a royal throne, with two candles burning to its left
+a {} half buried in desert sand, with a caravan of camels passing on the horizon at sunset
+a black and white pencil drawing of a {} next to an open book and a pair of glasses
+a child holding a {} in both hands while standing under a large yellow umbrella
+a {} on a shelf between a globe and a stack of old records, lit by a single lamp
+a {} inside a glass bottle on a beach, with a sailing ship far behind it
+a pixel art scene of a {} guarded by a small dragon in front of a castle
+a {} on the surface of the moon, with the earth rising behind an astronaut
+a busy market stall with a {} among oranges and flowers, and a bicycle leaning on the right
+a paper collage of a {} floating over a green valley with three hot air balloons
+a {} on a snow covered bench under a street lamp while a fox walks past
+a vintage travel poster showing a {} in front of a lighthouse and crashing waves
+"""
+LIVE_COMPLEX = """
+a watercolor painting of a {} looking out of a window while rain runs down the glass
+a {} sitting between a basket of apples and a sleeping rabbit on a picnic blanket, seen from above
+a {} riding a skateboard across a busy crosswalk at night, neon signs reflected in puddles
+an oil painting of a {} on a royal throne, wearing a golden crown, with two candles to its left
+a {} crossing the desert behind a caravan of camels at sunset
+a black and white pencil drawing of a {} asleep on an open book next to a pair of glasses
+a child in a blue coat hugging a {} under a large yellow umbrella
+a {} in a space suit on the surface of the moon, with the earth rising behind it
+a {} steering a small wooden boat towards a lighthouse through high waves
+a pixel art scene of a {} facing a small dragon in front of a castle
+a {} playing the piano on a stage while an audience of penguins listens
+a {} behind a busy market stall among oranges and flowers, with a bicycle leaning on the right
+a paper collage of a {} floating over a green valley under three hot air balloons
+a {} on a snow covered bench under a street lamp while a fox walks past
+a vintage travel poster showing a {} surfing in front of a volcano
+"""
+# The miniature's, in its captions' words. Second objects are squares and triangles, which none of its named concepts is.
+WORLD_SIMPLE = """
+a photo of a {} on grass: style=photo place=grass
+a photo of a {} in the water: style=photo place=water
+a photo of a {} in the snow: style=photo place=snow
+a photo of a {} at night: style=photo place=night
+a photo of a {} on the beach: style=photo place=beach
+a photo of a {} in the forest: style=photo place=forest
+a photo of a {} in front of a brick wall: style=photo place=brick
+a photo of a {} at sunset: style=photo place=sunset
+a photo of a {} in the city: style=photo place=city
+a photo of a {} in the mountains: style=photo place=mountains
+a {} wearing a red hat: prop=hat prop_colour=red
+a {} holding a blue balloon: prop=balloon prop_colour=blue
+a {} with a yellow flag: prop=flag prop_colour=yellow
+a {} under a green umbrella: prop=umbrella prop_colour=green
+a {} standing on a purple block: prop=block prop_colour=purple
+a pencil sketch of a {}: style=sketch
+pixel art of a {}: style=pixel art
+a {} left of a small red square: other_shape=square other_colour=red relation=left
+a {} right of a small blue triangle: other_shape=triangle other_colour=blue relation=right
+a {} above a small green square: other_shape=square other_colour=green relation=above
+"""
+WORLD_COMPLEX = """
+a photo of a {} wearing a blue hat in the snow: style=photo place=snow prop=hat prop_colour=blue
+a photo of a {} holding a red balloon at night: style=photo place=night prop=balloon prop_colour=red
+a photo of a {} under a pink umbrella in the city: style=photo place=city prop=umbrella prop_colour=pink
+a photo of a {} standing on a white block in the forest: style=photo place=forest prop=block prop_colour=white
+a pencil sketch of a {} on the beach: style=sketch place=beach
+a pencil sketch of a {} wearing a green hat in the mountains: style=sketch place=mountains prop=hat prop_colour=green
+a drawing of the {} with an orange flag at sunset: style=sketch place=sunset prop=flag prop_colour=orange
+pixel art of a {} in the water: style=pixel art place=water
+pixel art of a {} holding a yellow balloon in the city: style=pixel art place=city prop=balloon prop_colour=yellow
+a pixel art picture of the {} under a red umbrella on grass: style=pixel art place=grass prop=umbrella prop_colour=red
+in the forest, a {} left of a small yellow triangle: place=forest other_shape=triangle other_colour=yellow relation=left
+a {}, right of a small red square, on the beach: place=beach other_shape=square other_colour=red relation=right
+at night, a {} above a small white triangle: place=night other_shape=triangle other_colour=white relation=above
+in the snow, a {} below a small blue square: place=snow other_shape=square other_colour=blue relation=below
+a small green square left of a {} in the city: place=city other_shape=square other_colour=green relation=right
+a small purple triangle above a {} on grass: place=grass other_shape=triangle other_colour=purple relation=below
+a pencil sketch of a {} right of a small red triangle: style=sketch other_shape=triangle other_colour=red relation=right
+pixel art of a {} above a small blue square: style=pixel art other_shape=square other_colour=blue relation=above
+a {} wearing a black hat, left of a small pink square: prop=hat prop_colour=black other_shape=square other_colour=pink relation=left
+a small yellow square right of a {} with a blue flag, in the mountains: place=mountains prop=flag prop_colour=blue other_shape=square other_colour=yellow relation=left
+"""  # noqa: E501
+
+
+def prompt_lines(text: str, kind: str) -> list[Prompt]:
+    """The built-in prompts of a text, one a line or between bars; what one states stands after its colon."""
+    prompts = []
+    for line in itertools.chain.from_iterable(line.split("|") for line in text.strip().splitlines()):
+        words, _, states = line.partition(":")
+        stated = dict(re.findall(r"(\w+)=(.+?)(?= \w+=|$)", states.strip()))
+        prompts += [Prompt(words.strip(), kind, stated)] if words.strip() else []
+    return prompts
+
+
+BUILT_IN = {
+    "object": prompt_lines(OBJECT_SIMPLE, "simple") + prompt_lines(OBJECT_COMPLEX, "complex"),
+    "live": prompt_lines(LIVE_SIMPLE, "simple") + prompt_lines(LIVE_COMPLEX, "complex"),
+    "world": prompt_lines(WORLD_SIMPLE, "simple") + prompt_lines(WORLD_COMPLEX, "complex"),
+}
+
+
+def read_prompts(name: str) -> list[Prompt]:
+    """Built-in prompts by name, or those of a file, one a line. Raises UserError."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    try:
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"--prompts {name} is neither a file nor one of {', '.join(BUILT_IN)}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {name} cannot be read: {error}") from None
+    wrong = next((line for line in lines if "{}" not in line), None)
+    twice = next((line for line in lines if lines.count(line) > 1), None)
+    if not lines or wrong or twice:
+        problem = f"the line {wrong!r} has no {{}} for the subject" if wrong else "it is empty"
+        raise UserError(
+            f"--prompts {name}: {f'the line {twice!r} is there twice' if twice and not wrong else problem}."
+        )
+    return [Prompt(line) for line in lines]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Subjects and methods
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """An embedding to evaluate: a method's for a subject.
+
+    Attributes:
+        path: what export.read_embedding reads.
+        instance_data_dir: folder of reference pictures.
+        class_word: stands for the subject in the text score.
+        prompts: a name in BUILT_IN, or a file.
+        masks: folder of masks named as the reference pictures; None: the pictures as they are.
+        rescale: "mean", "min" or a norm that the embedding is rescaled to; None: as it was trained.
+    """
+
+    subject: str
+    method: str
+    path: Path
+    instance_data_dir: Path
+    class_word: str
+    prompts: str = "object"
+    masks: Path | None = None
+    rescale: str | float | None = None
+
+
+def read_table(path: Path, prompts: str) -> list[Case]:
+    """The cases of a CSV or JSON file; `prompts` where a row has none. Raises UserError."""
+    option, needed = f"--table {path}", ("subject", "method", "path", "instance_data_dir", "class_word")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = json.load(file) if path.suffix.lower() == ".json" else list(csv.DictReader(file))
+        rows = [{k: str(v).strip() for k, v in row.items() if v not in (None, "") and k} for row in rows]
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{option} cannot be read as a table of subjects and methods: {one_line(error)}") from None
+    if not rows:
+        raise UserError(f"{option} has no rows.")
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in needed if name not in row]:
+            raise UserError(f"{option}: row {number} has no {', '.join(missing)}.")
+        if unknown := sorted(set(row) - {*needed, "prompts", "masks"}):
+            raise UserError(f"{option}: {unknown[0]} is no column: there are {', '.join(needed)}, prompts and masks.")
+    return [
+        Case(
+            row["subject"],
+            row["method"],
+            Path(row["path"]),
+            Path(row["instance_data_dir"]),
+            row["class_word"],
+            row.get("prompts", prompts),
+            Path(row["masks"]) if "masks" in row else None,
+        )
+        for row in rows
+    ]
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What the options ask for, the rescaled methods behind those that they are of. Raises UserError."""
+    if args.table:
+        cases = read_table(args.table, args.prompts)
+    else:
+        subject = args.subject or args.instance_data_dir.resolve().name
+        common = (args.instance_data_dir, args.class_word, args.prompts, args.masks)
+        cases = [Case(subject, method, path, *common) for method, path in args.embeddings]
+    methods = list(dict.fromkeys(case.method for case in cases))
+    for method, rule in args.rescale:
+        if method is not None and method not in methods:
+            raise UserError(f"--rescale {method}={rule}: there is no method {method}, only {', '.join(methods)}.")
+        for case in [case for case in cases if case.rescale is None and method in (None, case.method)]:
+            name = f"{case.method}-rescaled" + ("" if rule == "mean" else f"-{rule}")
+            cases.append(replace(case, method=name, rescale=rule))
+    check_cases(cases)
+    return cases
+
+
+def folder_name(name: str) -> str:
+    """A subject's or method's name as a folder's on any system."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip(".") or "_"
+
+
+def check_cases(cases: list[Case]) -> None:
+    """Refuse twins, and methods of one subject that could not be compared. Raises UserError."""
+    seen, subjects = set(), {}
+    for case in cases:
+        key = (folder_name(case.subject).lower(), folder_name(case.method).lower())
+        if key in seen:
+            raise UserError(f"Method {case.method} of subject {case.subject} is there twice: name one otherwise.")
+        seen.add(key)
+        first = subjects.setdefault(case.subject, case)
+        for name in ("instance_data_dir", "class_word", "prompts", "masks"):
+            mine, others = getattr(case, name), getattr(first, name)
+            if mine != others:
+                raise UserError(
+                    f"Subject {case.subject}: {name} is {others} for {first.method} and {mine} for {case.method}:"
+                    " methods compare only where it is the same."
+                )
+
+
+def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embedding]:
+    """Each case's embedding, rescaled where asked, under a name of its own: methods share their subject's token.
+
+    Puts the model family's defaults into `args`, as generate.py does. Raises UserError.
+    """
+    model, revision = args.pretrained_model_name_or_path, args.revision
+    embeddings = [renamed(read_embedding(case.path), f"<subject-{i}>") for i, case in enumerate(cases)]
+    family = model_family(model, revision)
+    check_model_fits(model, revision, [case.path for case in cases], embeddings)
+    for case in cases:
+        if (case.path / LORA_FILE).is_file():
+            print(
+                f"Note: the LoRA weights in {case.path} are left out, the embedding alone is evaluated.",
+                file=sys.stderr,
+            )
+    seeds = args.seeds
+    settle_options(args, family)
+    args.seeds, args.dtype = seeds, str(choose_dtype(args.dtype, family, args.device)).removeprefix("torch.")
+    if any(case.rescale is not None for case in cases):
+        found = magnitudes(model, revision, args.variant)
+        for index, case in enumerate(cases):
+            if case.rescale is not None:
+                embeddings[index] = rescale(embeddings[index], chosen_magnitudes(found, case.rescale))
+    return embeddings
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture, upright and in RGB, transparency over white. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        raise UserError(f"{path} is damaged or not a picture ({one_line(error)}): mend it or take it away.") from None
+
+
+def pictures_in(folder: Path, option: str) -> list[Path]:
+    try:
+        files = sorted(
+            p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+        )
+    except OSError as error:
+        raise UserError(f"{option} {folder} cannot be read: {error.strerror}. Give a folder of pictures.") from None
+    if not files:
+        raise UserError(f"{option} {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return files
+
+
+def read_references(folder: Path, masks: Path | None = None) -> tuple[list[Image.Image], list[Image.Image]]:
+    """The reference pictures as they are, and as they are scored: where there is a mask, black around the subject.
+
+    A mask belongs to the picture of the same name, endings aside, and covers the subject where it is lighter than half.
+    Raises UserError.
+    """
+    files = pictures_in(folder, "--instance_data_dir")
+    pictures = [open_picture(path) for path in files]
+    if masks is None:
+        return pictures, pictures
+    by_stem = {path.stem: path for path in pictures_in(masks, "--masks")}
+    if not any(path.stem in by_stem for path in files):
+        raise UserError(f"--masks {masks} has no mask named as a picture of {folder}, such as {files[0].stem}.png.")
+    return pictures, [
+        blacked_out(picture, open_picture(by_stem[path.stem])) if path.stem in by_stem else picture
+        for path, picture in zip(files, pictures, strict=True)
+    ]
+
+
+def blacked_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture, black where the mask is dark."""
+    inside = mask.convert("L").resize(picture.size, Image.NEAREST).point(lambda value: 255 * (value >= 128))
+    return Image.composite(picture, Image.new("RGB", picture.size), inside)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(settings: dict, embedding: Embedding, text: str, seed: int) -> str:
+    """What a picture came from, as a hash that is written into it. The token's name plays no part, its vectors do."""
+    digest = hashlib.sha256(json.dumps([settings, text, seed]).encode())
+    for name, rows in sorted(embedding.vectors.items()):
+        digest.update(name.encode() + str(tuple(rows.shape)).encode() + rows.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+PICTURE_OPTIONS = (
+    "variant", "num_inference_steps", "guidance_scale", "pooling", "resolution", "complex_human_instruction", "dtype",
+)  # fmt: skip
+
+
+def picture_settings(args: argparse.Namespace) -> dict:
+    """The options that a picture depends on."""
+    model = model_fingerprint(args.pretrained_model_name_or_path, args.revision)
+    return {"model": model} | {name: getattr(args, name) for name in PICTURE_OPTIONS}
+
+
+def is_current(path: Path, mark: str) -> bool:
+    """Whether the picture is there, whole, and made with these very settings."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.info.get("fingerprint") == mark
+    except (OSError, SyntaxError, ValueError):  # Pillow raises the second on a damaged PNG
+        return False
+
+
+@dataclass
+class Job:
+    """A case with its embedding and prompts, and where its pictures lie, by prompt number and seed."""
+
+    case: Case
+    embedding: Embedding
+    prompts: list[Prompt]
+    paths: dict[tuple[int, int], Path]
+    marks: dict[tuple[int, int], str]
+
+    def missing(self) -> list[tuple[int, int]]:
+        return [key for key, path in self.paths.items() if not is_current(path, self.marks[key])]
+
+
+def make_jobs(cases: list[Case], embeddings: list[Embedding], args: argparse.Namespace) -> list[Job]:
+    settings, jobs = picture_settings(args), []
+    for case, embedding in zip(cases, embeddings, strict=True):
+        folder = args.output_dir / "pictures" / folder_name(case.subject) / folder_name(case.method)
+        prompts = read_prompts(case.prompts)
+        keys = list(itertools.product(range(len(prompts)), args.seeds))
+        paths = {(p, seed): folder / f"{p:02d}-{seed}.png" for p, seed in keys}
+        marks = {(p, seed): fingerprint(settings, embedding, prompts[p].text, seed) for p, seed in keys}
+        jobs.append(Job(case, embedding, prompts, paths, marks))
+    return jobs
+
+
+def generate_missing(jobs: list[Job], args: argparse.Namespace) -> int:
+    """Make the pictures that are not there yet, with the pipeline loaded once, or not at all. Returns how many."""
+    todo = [(job, missing) for job in jobs if (missing := job.missing())]
+    if not todo:
+        return 0
+    pipe = load_pipeline(
+        args.pretrained_model_name_or_path,
+        getattr(torch, args.dtype),
+        args.device,
+        revision=args.revision,
+        variant=args.variant,
+    )
+    load_embeddings(pipe, [job.embedding for job, _ in todo])  # at once: each growth of a vocabulary takes seconds
+    count, total = 0, sum(len(missing) for _, missing in todo)
+    for job, missing in todo:
+        pairs = [(job.prompts[p].with_word(job.embedding.token), seed) for p, seed in missing]
+        pictures = generate_pairs(
+            pipe,
+            pairs,
+            steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            batch_size=args.batch_size,
+            pooling=args.pooling,
+            resolution=args.resolution,
+            instruction=sana_instruction() if args.complex_human_instruction == "default" else None,
+        )
+        for key, (_, _, image) in zip(missing, pictures, strict=True):
+            texts = {"prompt": job.prompts[key[0]].text, "seed": str(key[1]), "fingerprint": job.marks[key]}
+            write_files({job.paths[key]: to_png(image, texts)})
+            count += 1
+            if count % 40 == 0 or count == total:
+                print(f"{count}/{total} pictures ({job.case.subject}, {job.case.method})", flush=True)
+    del pipe
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_judge(option: str, name: str, kind: str):
+    """A judge's config and image processor, which are small: to be checked before anything large. Raises UserError."""
+    # The processors in Python: those on tensors need torchvision and resize a little differently.
+    python = {"use_fast": False} if int(transformers.__version__.split(".")[0]) < 5 else {"backend": "pil"}
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if kind not in config.model_type:
+            raise ValueError(f"it is a {config.model_type}, and the protocol asks for a {kind}")
+        return config, AutoImageProcessor.from_pretrained(name, **python)
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{option} {name} cannot be used: {one_line(error)}") from None
+
+
+def load_weights(option: str, name: str, device: str) -> torch.nn.Module:
+    try:
+        model, info = AutoModel.from_pretrained(name, torch_dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # of the file, its format or the network
+        raise UserError(f"{option} {name} cannot be loaded: {one_line(error)}") from None
+    if info["missing_keys"]:
+        raise UserError(f"{option} {name} lacks the weights {sorted(info['missing_keys'])[0]} ...")
+    return model.eval().requires_grad_(False).to(device)
+
+
+class ImageScore:
+    """DINOv2's class features: is it the same subject?"""
+
+    def __init__(self, name: str = "facebook/dinov2-base", device: str = "cpu"):
+        _, self.processor = load_judge("--dino", name, "dino")
+        self.name, self.device, self.model = name, device, None
+
+    def load(self) -> None:
+        """Load the weights, which `features` does too. Raises UserError."""
+        self.model = self.model or load_weights("--dino", self.name, self.device)
+
+    @torch.no_grad()
+    def features(self, pictures: list[Image.Image], batch_size: int = 32) -> torch.Tensor:
+        """CLS features (N, d) after the last LayerNorm, each of length 1, float32 on the CPU."""
+        self.load()
+        rows = []
+        for start in range(0, len(pictures), batch_size):
+            inputs = self.processor(images=pictures[start : start + batch_size], return_tensors="pt")
+            states = self.model(pixel_values=inputs.pixel_values.to(self.device)).last_hidden_state
+            rows.append(torch.nn.functional.normalize(states[:, 0].float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+
+def image_scores(features: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Mean cosine (N,) of each row of `features` (N, d) with every row of `references` (R, d), all of length 1."""
+    return (features @ references.T).mean(dim=1)
+
+
+class TextScore:
+    """SigLIP: does the picture fit the text?"""
+
+    LENGTH = 64  # tokens; SigLIP was trained with every text padded to this length, and reads the padding
+
+    def __init__(self, name: str = "google/siglip-base-patch16-512", device: str = "cpu"):
+        config, self.processor = load_judge("--siglip", name, "siglip")
+        self.name, self.device, self.model = name, device, None
+        self.length = min(self.LENGTH, config.text_config.max_position_embeddings)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer("a")
+        except Exception as error:  # what a tokenizer without its package or files raises differs by version
+            raise UserError(
+                f"--siglip {name}: its tokenizer cannot be loaded ({one_line(error)}). google/siglip's needs"
+                " `pip install sentencepiece protobuf`."
+            ) from None
+
+    def load(self) -> None:
+        """Load the weights, which `logits` does too. Raises UserError."""
+        self.model = self.model or load_weights("--siglip", self.name, self.device)
+
+    @torch.no_grad()
+    def logits(self, pictures: list[Image.Image], texts: list[str], batch_size: int = 16) -> dict[str, torch.Tensor]:
+        """`logit` and `cosine` (N,) of each picture with its own text, float32 on the CPU."""
+        self.load()
+        logit, cosine = [], []
+        for start in range(0, len(pictures), batch_size):
+            part = texts[start : start + batch_size]
+            distinct = list(dict.fromkeys(part))
+            ids = self.tokenizer(
+                distinct, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            ).input_ids
+            pixels = self.processor(images=pictures[start : start + batch_size], return_tensors="pt").pixel_values
+            # No attention mask: see LENGTH.
+            output = self.model(input_ids=ids.to(self.device), pixel_values=pixels.to(self.device))
+            rows, columns = torch.arange(len(part)), torch.tensor([distinct.index(text) for text in part])
+            logit.append(output.logits_per_image.float().cpu()[rows, columns])
+            cosine.append((output.image_embeds.cpu() * output.text_embeds.cpu()[columns]).sum(-1))
+        return {"logit": torch.cat(logit), "cosine": torch.cat(cosine)}
+
+
+def text_scores(
+    score: TextScore, pictures: list[Image.Image], prompts: list[str], class_word: str
+) -> dict[str, torch.Tensor]:
+    """`text`, the sigmoid of the logit, beside `logit` and `cosine` (N,), of pictures with prompts, {} the subject."""
+    found = score.logits(pictures, [prompt.replace("{}", class_word) for prompt in prompts])
+    return {"text": found["logit"].sigmoid(), **found}
+
+
+def score_job(
+    job: Job, references: list[Image.Image], image_score: ImageScore, text_score: TextScore, classifiers=None
+) -> list[dict]:
+    """A record for each of the job's pictures, with the path still in `file`."""
+    case, keys = job.case, list(job.paths)
+    pictures = [open_picture(job.paths[key]) for key in keys]
+    images = image_scores(image_score.features(pictures), image_score.features(references))
+    texts = text_scores(text_score, pictures, [job.prompts[p].text for p, _ in keys], case.class_word)
+    labels = classifiers.read(pictures) if classifiers else [None] * len(keys)
+    records = []
+    for index, (number, seed) in enumerate(keys):
+        prompt = job.prompts[number]
+        record = {"subject": case.subject, "method": case.method, "number": number, "prompt": prompt.text}
+        record |= {"kind": prompt.kind, "seed": seed, "file": str(job.paths[number, seed])}
+        record |= {"image": images[index].item(), **{name: values[index].item() for name, values in texts.items()}}
+        records.append(record | read_attributes(labels[index], prompt.states, subject_attributes(case.subject)))
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Attributes of the miniature world
+# ----------------------------------------------------------------------------------------------------------------------
+
+SUBJECT_ATTRIBUTES = ("shape", "colour", "pattern", "colour2", "eyes")
+
+
+def miniature(name: str):
+    """A module of examples/miniature."""
+    if str(MINIATURE) not in sys.path:
+        sys.path.append(str(MINIATURE))
+    return importlib.import_module(name)
+
+
+def load_classifiers(folder: Path, device: str):
+    """The miniature's classifiers, whose `read` gives the labels of PIL pictures. Raises UserError."""
+    try:
+        return miniature("judges").load_classifiers(folder).to(device)
+    except Exception as error:  # damaged, or of another world
+        raise UserError(f"--classifiers {folder} cannot be loaded: {one_line(error)}") from None
+
+
+def subject_attributes(subject: str) -> dict[str, str]:
+    """How the world's concept of this name looks; nothing for any other subject."""
+    world = miniature("world")
+    composed = re.fullmatch(r"composed_(\d+)", subject)
+    concept = world.compose_concept(int(composed[1])) if composed else world.CONCEPTS.get(subject)
+    if concept is None or concept.subject is None:
+        return {}
+    truth = world.attributes(world.Scene(concept.subject, world.PLACES[0]))
+    return {name: truth[name] for name in SUBJECT_ATTRIBUTES}
+
+
+def read_attributes(labels: dict[str, str] | None, stated: dict[str, str], subject: dict[str, str]) -> dict:
+    """What of the prompt and of the subject a picture shows: `right` by attribute, and the shares `said` and `kept`.
+
+    The second object's shape and colour are also judged together, as "second object": either alone is no object.
+    """
+    if labels is None:
+        return {}
+    right = {name: labels[name] == word for name, word in {**subject, **stated}.items()}
+    record = {"right": right}
+    if stated:
+        record["said"] = float(np.mean([right[name] for name in stated]))
+    if subject:
+        record["kept"] = float(np.mean([right[name] for name in subject]))
+    if {"other_shape", "other_colour"} <= set(stated):
+        right["second object"] = right["other_shape"] and right["other_colour"]
+    return record
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+MEASURES = {
+    "image": "image score",
+    "text": "text score",
+    "cosine": "image-text cosine",
+    "said": "prompt's attributes right",
+    "kept": "subject's attributes right",
+}
+
+
+def student_t(freedom: int, level: float = 0.95) -> float:
+    """The t with P(|T| < t) = `level`, for that many degrees of freedom.
+
+    With t = sqrt(f) tan(a), P(|T| < t) is the integral of cos^(f-1) from 0 to a over that from 0 to pi/2.
+    """
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (freedom - 1)
+    area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(np.interp(level, area / area[-1], angles))
+
+
+def interval(values: Iterable[float]) -> dict:
+    """Mean of independent values, and its 95% interval by Student's t: `mean`, `low`, `high`, `n`. One value has none."""
+    values = np.asarray(list(values), dtype=np.float64)
+    if not len(values):
+        raise ValueError("no values")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return {"mean": mean, "low": None, "high": None, "n": 1}
+    half = student_t(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def averages(records: Iterable[dict], measure: str, *keys: str) -> dict[tuple, float]:
+    """The measure's mean over all records that share `keys`; records that lack it are passed over."""
+    groups = {}
+    for record in records:
+        if measure in record:
+            groups.setdefault(tuple(record[key] for key in keys), []).append(record[measure])
+    return {key: float(np.mean(values)) for key, values in groups.items()}
+
+
+def statistics(records: list[dict]) -> dict:
+    """All tables: `subjects`, `methods`, `kinds`, `differences` (paired) and `attributes`, each a list of rows.
+
+    The unit of an interval is the subject, and where there is but one, the prompt (mean over its seeds): several
+    pictures of one prompt, or prompts of one subject, are not independent.
+    """
+    methods = list(dict.fromkeys(r["method"] for r in records))
+    unit = "subject" if len({r["subject"] for r in records}) > 1 else "prompt"
+    present = [m for m in MEASURES if any(m in r for r in records)]
+    tables = {"unit": unit, "measures": present}
+    tables["subjects"] = [
+        {"subject": subject, "method": method, "pictures": len(mine)} | {
+            m: interval(averages(mine, m, "prompt").values()) for m in present if any(m in r for r in mine)
+        }
+        for subject in dict.fromkeys(r["subject"] for r in records)
+        for method in methods
+        if (mine := [r for r in records if (r["subject"], r["method"]) == (subject, method)])
+    ]  # fmt: skip
+    by_method = {method: [r for r in records if r["method"] == method] for method in methods}
+    tables["methods"] = [{"method": k, "pictures": len(v)} | summary(v, unit, present) for k, v in by_method.items()]
+    kinds = [kind for kind in dict.fromkeys(r["kind"] for r in records) if kind]
+    tables["kinds"] = [
+        {"method": method, "kind": kind} | summary([r for r in mine if r["kind"] == kind], unit, present)
+        for method, mine in by_method.items()
+        for kind in kinds
+    ]
+    tables["differences"] = []
+    for a, b in itertools.combinations(methods, 2):
+        row = {"method": a, "minus": b}
+        for measure in present:
+            one, two = averages(by_method[a], measure, unit), averages(by_method[b], measure, unit)
+            if common := [key for key in one if key in two]:
+                row[measure] = interval(one[key] - two[key] for key in common)
+        tables["differences"].append(row)
+    attributes = list(dict.fromkeys(name for r in records for name in r.get("right", {})))
+    tables["attributes"] = [
+        {"method": method} | {name: share(mine, name) for name in attributes} for method, mine in by_method.items()
+    ]
+    return tables
+
+
+def summary(records: list[dict], unit: str, measures: list[str]) -> dict[str, dict]:
+    """Each measure's interval over the units."""
+    means = {m: averages(records, m, unit) for m in measures}
+    return {m: interval(values.values()) for m, values in means.items() if values}
+
+
+def share(records: list[dict], attribute: str) -> dict:
+    """How often an attribute is right, of how many pictures that can show it."""
+    hits = [r["right"][attribute] for r in records if attribute in r.get("right", {})]
+    return {"mean": float(np.mean(hits)) if hits else None, "n": len(hits)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Tables, sheets and plot
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cell(value: dict | None, sign: str = "") -> str:
+    """Mean and half-width of a 95% interval."""
+    if value is None or value["mean"] is None:
+        return "-"
+    half = f" ± {value['high'] - value['mean']:.3f}" if value.get("high") is not None else ""
+    return f"{value['mean']:{sign}.3f}{half}"
+
+
+def markdown_table(names: list[str], rows: list[list[str]]) -> str:
+    rows = [[str(text).replace("|", "\\|") for text in row] for row in [names, ["---"] * len(names), *rows]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def to_markdown(report: dict) -> str:
+    """The report for readers."""
+    tables, settings = report["tables"], report["settings"]
+    measures = tables["measures"]
+    names = [MEASURES[m] for m in measures]
+
+    def lines(rows: list[dict], *keys: str, sign: str = "") -> list[list[str]]:
+        return [[*(row[k] for k in keys), *(cell(row.get(m), sign) for m in measures)] for row in rows]
+
+    count = len(report["subjects"])
+    parts = [
+        "# Evaluation",
+        f"{count} subject{'s' if count > 1 else ''}, seeds {', '.join(map(str, settings['seeds']))}, model"
+        f" {settings['pretrained_model_name_or_path']}. Image score: {settings['dino']}; text score:"
+        f" {settings['siglip']}. ± is the half-width of a 95% interval (Student's t) over {tables['unit']}s.",
+        markdown_table(["method", *names], lines(tables["methods"], "method")),
+        "![image against text score](scatter.png)",
+    ]
+    if tables["differences"]:
+        parts += [
+            f"## Paired differences\n\nOver the {tables['unit']}s that both methods have.",
+            markdown_table(["method", "minus", *names], lines(tables["differences"], "method", "minus", sign="+")),
+        ]
+    if tables["kinds"]:
+        table = markdown_table(["method", "prompts", *names], lines(tables["kinds"], "method", "kind"))
+        parts += ["## Simple and complex prompts", table]
+    if attributes := [name for name in (tables["attributes"] or [{}])[0] if name != "method"]:
+        rows = [[row["method"], *(cell(row[name]) for name in attributes)] for row in tables["attributes"]]
+        parts += [
+            "## Attributes, share of pictures where they are right",
+            markdown_table(["method", *attributes], rows),
+        ]
+    parts += [
+        "## Subjects\n\n± is over prompts here.",
+        markdown_table(["subject", "method", *names], lines(tables["subjects"], "subject", "method")),
+        *(f"![{Path(sheet).stem}]({sheet})" for sheet in report["sheets"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(names: list[str], rows: Iterable[dict]) -> str:
+    writer = csv.DictWriter(text := io.StringIO(), names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def long_rows(tables: dict) -> Iterator[dict]:
+    """Every figure of the tables as a row of its own."""
+    for table in ("methods", "differences", "kinds", "subjects"):
+        for row in tables[table]:
+            keys = {k: row[k] for k in ("subject", "method", "minus", "kind") if k in row}
+            yield from ({"table": table, **keys, "measure": m, **row[m]} for m in tables["measures"] if m in row)
+    for row in tables["attributes"]:
+        for name, value in row.items():
+            if name != "method":
+                yield {"table": "attributes", "method": row["method"], "measure": name, **value}
+
+
+def contact_sheet(
+    rows: list[tuple[str, list[tuple[Image.Image | None, str]]]], columns: list[str], references: list[Image.Image]
+) -> Image.Image:
+    """The references, then for each (label, [(picture, caption)]) its pictures below one another's columns."""
+    side, gap, bar = 192, 6, 20
+    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
+    width = 140 + max(len(columns), math.ceil(min(len(references), 6) / 2), 2) * (side + gap) + gap
+    top, head = side // 2 + 2 * gap, bar + gap
+    sheet = Image.new("RGB", (width, top + head + len(rows) * (side + bar)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap), "references", fill="black", font=font)
+    for index, picture in enumerate(references[: (width - 140) // (side // 2 + gap)]):
+        sheet.paste(thumbnail(picture, side // 2), (140 + index * (side // 2 + gap), gap))
+    for index, name in enumerate(columns):
+        draw.text((140 + index * (side + gap), top), name, fill="black", font=font)
+    for number, (label, pictures) in enumerate(rows):
+        y = top + head + number * (side + bar)
+        draw.multiline_text((gap, y), "\n".join(textwrap.wrap(label, 20)[:12]), fill="black", font=font)
+        for index, (picture, caption) in enumerate(pictures):
+            x = 140 + index * (side + gap)
+            if picture is not None:
+                sheet.paste(thumbnail(picture, side), (x, y))
+            draw.text((x, y + side + 2), caption, fill=(90, 90, 90), font=small)
+    return sheet
+
+
+def thumbnail(picture: Image.Image, side: int) -> Image.Image:
+    """The picture within a white square, enlarged by whole pixels where it is small."""
+    small = max(picture.size) < side
+    image = ImageOps.contain(picture, (side, side), Image.NEAREST if small else Image.LANCZOS)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def draw_sheets(records: list[dict], references: dict[str, list[Image.Image]], folder: Path) -> list[str]:
+    """Contact sheets of the first seed, ten prompts each. Returns their paths, relative to the folder."""
+    paths = []
+    for subject in references:
+        mine = [r for r in records if r["subject"] == subject and r["seed"] == records[0]["seed"]]
+        methods = list(dict.fromkeys(r["method"] for r in mine))
+        found = {(r["method"], r["number"]): r for r in mine}
+        numbers = sorted({r["number"] for r in mine})
+        for start in range(0, len(numbers), 10):
+            rows = []
+            for number in numbers[start : start + 10]:
+                row = [found.get((method, number)) for method in methods]
+                label = next(r["prompt"] for r in row if r).replace("{}", "...")
+                rows.append((label, [sheet_cell(r) for r in row]))
+            name = f"sheets/{folder_name(subject)}-{start // 10 + 1}.png"
+            contact_sheet(rows, methods, references[subject]).save(content := io.BytesIO(), format="png")
+            write_files({folder / name: content.getvalue()})
+            paths.append(name)
+    return paths
+
+
+def sheet_cell(record: dict | None) -> tuple[Image.Image | None, str]:
+    if record is None:
+        return None, ""
+    return open_picture(Path(record["file"])), f"image {record['image']:.3f}  text {record['text']:.3f}"
+
+
+def draw_scatter(tables: dict) -> bytes:
+    """Image against text score as PNG: subjects faint, each method's mean with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.8), dpi=150, layout="constrained")
+    for index, row in enumerate(tables["methods"]):
+        colour, marker = f"C{index % 10}", "osD^vP*X"[index % 8]
+        mine = [s for s in tables["subjects"] if s["method"] == row["method"]]
+        if len(mine) > 1:
+            points = [[s[m]["mean"] for s in mine] for m in ("text", "image")]
+            axes.scatter(*points, color=colour, marker=marker, s=18, alpha=0.3, linewidths=0)
+        x, y = row["text"], row["image"]
+        bars = {
+            name: [[v["mean"] - v["low"]], [v["high"] - v["mean"]]]
+            for name, v in (("xerr", x), ("yerr", y))
+            if v["low"] is not None
+        }
+        style = {"color": colour, "marker": marker, "markersize": 9, "capsize": 3, "linewidth": 1, "linestyle": ""}
+        axes.errorbar(x["mean"], y["mean"], **bars, **style, label=row["method"])
+    axes.set_xlabel("text score (SigLIP)")
+    axes.set_ylabel("image score (DINOv2)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(f"95% intervals over {tables['unit']}s; up and to the right is better", fontsize=9)
+    figure.savefig(content := io.BytesIO(), format="png")
+    pyplot.close(figure)
+    return content.getvalue()
+
+
+def save_references(references: dict[str, list[Image.Image]], folder: Path) -> dict[str, list[str]]:
+    """Copies within 512 pixels, so that the folder can be moved as a whole. Returns their paths, relative to it."""
+    paths = {}
+    for subject, pictures in references.items():
+        for number, picture in enumerate(pictures):
+            name = f"references/{folder_name(subject)}/{number:02d}.png"
+            picture = picture.copy()
+            picture.thumbnail((512, 512))
+            write_files({folder / name: to_png(picture, {})})
+            paths.setdefault(subject, []).append(name)
+    return paths
+
+
+def write_report(report: dict, folder: Path) -> None:
+    right = {f"right_{name}": name for record in report["records"] for name in record.get("right", {})}
+    names = ["subject", "method", "number", "prompt", "kind", "seed", "file", *MEASURES, "logit", *right]
+    rows = [
+        r | {k: int(r["right"][v]) for k, v in right.items() if v in r.get("right", {})} for r in report["records"]
+    ]
+    columns = ["table", "subject", "method", "minus", "kind", "measure", "mean", "low", "high", "n"]
+    texts = {
+        "scores.csv": to_csv(names, rows),
+        "summary.csv": to_csv(columns, long_rows(report["tables"])),
+        "report.md": to_markdown(report),
+        "evaluation.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
+    }
+    write_files({folder / name: text.encode() for name, text in texts.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(cases: list[Case], args: argparse.Namespace) -> dict:
+    """Make and score the pictures of all cases, write everything to args.output_dir, and return the report.
+
+    Args:
+        cases: checked, as by `cases_of`.
+        args: as `parse_args` returns them.
+
+    Returns:
+        What evaluation.json holds: `settings`, `subjects`, `records` (a dict a picture), `tables`, `sheets`.
+
+    Raises:
+        UserError: for anything unusable, before the pipeline is loaded.
+    """
+    # Whatever can be wrong is read first: the small files, then the judges, and the pipeline last.
+    subjects = {case.subject: case for case in reversed(cases)}
+    subjects = {case.subject: subjects[case.subject] for case in cases}
+    references = {name: read_references(case.instance_data_dir, case.masks) for name, case in subjects.items()}
+    jobs = make_jobs(cases, read_embeddings(cases, args), args)
+    image_score, text_score = ImageScore(args.dino, args.device), TextScore(args.siglip, args.device)
+    for judge in (image_score, text_score):
+        judge.load()
+    classifiers = load_classifiers(args.classifiers, args.device) if args.classifiers else None
+    total = sum(len(job.paths) for job in jobs)
+    print(f"{len(subjects)} subjects, {len(jobs)} embeddings, {total} pictures", flush=True)
+    try:
+        count = generate_missing(jobs, args)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            f"The GPU's memory is too small for --batch_size {args.batch_size}: try a smaller one, or --dtype bf16."
+            " Finished pictures are kept."
+        ) from None
+    print(f"{count} pictures made, {total - count} were there. Scoring ...", flush=True)
+
+    records = []
+    for job in jobs:
+        records += score_job(job, references[job.case.subject][1], image_score, text_score, classifiers)
+    shown = {name: pictures for name, (pictures, _) in references.items()}
+    sheets = draw_sheets(records, shown, args.output_dir)
+    for record in records:
+        record["file"] = Path(record["file"]).relative_to(args.output_dir).as_posix()
+    copies = save_references(shown, args.output_dir)
+    report = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k in REPORTED},
+        "cases": [{k: str(v) if isinstance(v, Path) else v for k, v in asdict(case).items()} for case in cases],
+        "subjects": {k: {"class_word": c.class_word, "references": copies[k]} for k, c in subjects.items()},
+        "tables": statistics(records),
+        "sheets": sheets,
+        "records": records,
+    }
+    write_files({args.output_dir / "scatter.png": draw_scatter(report["tables"])})
+    write_report(report, args.output_dir)
+    return report
+
+
+REPORTED = (
+    "pretrained_model_name_or_path", "revision", "variant", "seeds", "num_inference_steps", "guidance_scale", "pooling",
+    "dtype", "resolution", "complex_human_instruction", "dino", "siglip", "classifiers",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> dict:
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*torch_dtype")  # the one name that all supported versions know
+    args = parse_args(argv)
+    report = evaluate(cases_of(args), args)
+    measures = report["tables"]["measures"]
+    rows = [[row["method"], *(cell(row.get(m)) for m in measures)] for row in report["tables"]["methods"]]
+    print(markdown_table(["method", *(MEASURES[m] for m in measures)], rows))
+    print(f"Written to {args.output_dir / 'report.md'}")
+    return report
+
+
+if __name__ == "__main__":
+    run(main)
