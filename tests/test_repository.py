@@ -1,13 +1,19 @@
 """The files around the scripts say the same as the scripts: requirements, header, README."""
 
 import importlib
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from export import Embedding, write_embedding
 
 import train_dti_sana
 import train_dti_sdxl
@@ -30,6 +36,11 @@ def readme_commands() -> list[str]:
 
 def training_commands() -> list[str]:
     return [command for command in readme_commands() if command.startswith("accelerate launch train_dti")]
+
+
+def example_commands() -> list[str]:
+    """The commands that use what was learned."""
+    return [command for command in readme_commands() if re.match(r"python examples/(?!make_small|miniature)", command)]
 
 
 def arguments(command: str) -> tuple:
@@ -72,10 +83,45 @@ def test_the_readmes_first_job_runs(monkeypatch, tmp_path, family):
     assert (out / "learned_embeds.safetensors").is_file() and (out / "validation-100.png").is_file()
 
 
+@pytest.fixture(scope="module")
+def learned(small, tmp_path_factory):
+    """A folder in which the README's commands find what they name: embeddings, photographs, and the model."""
+    folder = tmp_path_factory.mktemp("learned")
+    shutil.copytree(small / "photos", folder / "photos" / "dog")
+    for seed, name in enumerate(("my-dog", "my-cat", "my-style", "my-ti-dog")):
+        generator = torch.Generator().manual_seed(seed)
+        widths = {"text_encoder": 32, "text_encoder_2": 48}
+        vectors = {encoder: torch.randn(1, width, generator=generator) * 0.02 for encoder, width in widths.items()}
+        write_embedding(Embedding(f"<{name}>", vectors), folder / "out" / name)
+    return folder
+
+
+@pytest.mark.parametrize("command", example_commands())
+def test_every_example_command_of_the_readme_runs(command, small, judges, learned):
+    """As it stands, but with small models and few steps, in a process of its own; one may use what another made."""
+    command = command.replace("stabilityai/stable-diffusion-xl-base-1.0", str(small / "sdxl"))
+    program, *argv = shlex.split(command)[1:]
+    if "--num_inference_steps" in importlib.import_module(Path(program).stem).command_line().format_help():
+        argv += ["--num_inference_steps", "2"]
+    if program == "examples/evaluate.py":
+        argv += ["--dino", str(judges / "dino"), "--siglip", str(judges / "siglip"), "--seeds", "0"]
+    before = {path: path.stat().st_mtime_ns for path in learned.rglob("*") if path.is_file()}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / program), *argv], cwd=learned, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    after = {path: path.stat().st_mtime_ns for path in learned.rglob("*") if path.is_file()}
+    assert set(after) > set(before) and all(after[path] == before[path] for path in before)  # made, and none touched
+
+
 def test_the_readmes_options_exist():
     parsers = (train_dti_sdxl.make_parser(), train_dti_sana.make_parser())
     known = {spelling for parser in parsers for action in parser._actions for spelling in action.option_strings}
     known |= {"--num_processes", "--script", "--subjects"}  # accelerate's, and examples/train_many.py's
+    for name in {shlex.split(command)[1] for command in example_commands()}:
+        parser = importlib.import_module(Path(name).stem).command_line()
+        known |= {spelling for action in parser._actions for spelling in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", (ROOT / "README.md").read_text()))
     assert named <= known, named - known
 
