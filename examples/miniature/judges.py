@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import world
 from torch import nn
 from training import (
+    SPLITS,
     PictureTower,
     batch_of,
     captions_of,
@@ -24,6 +25,7 @@ from training import (
     fray,
     new_tokenizer,
     pad_ids,
+    pictures_of,
     psnr,
     save_half,
     save_tokenizer,
@@ -238,12 +240,32 @@ def load_classifiers(folder=HERE / "classifiers"):
     return model.eval()
 
 
+@torch.no_grad()
+def autoencode_pictures(args):
+    """Some of the classifiers' pictures through the autoencoder, on disk: what the generator draws has its blur."""
+    from diffusers import AutoencoderKL
+
+    path, count = args.runs_dir / "autoencoded.npy", SPLITS["autoencoded"][1]
+    if path.exists():
+        return
+    vae = AutoencoderKL.from_pretrained(args.output_dir / "sdxl" / "vae").to(args.device).eval()
+    rendered, decoded = pictures_of("classifiers", args.runs_dir), []
+    for start in range(0, count, 25):
+        pictures = to_tensor(rendered[start : start + 25]).to(args.device)
+        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+            decoded.append(((vae(pictures).sample.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    np.save(path, torch.cat(decoded).permute(0, 2, 3, 1).numpy())
+
+
 def train_classifiers(args):
     torch.manual_seed(args.seed)
     model = Classifiers().to(args.device)
 
+    autoencode_pictures(args)
+
     def loss_of(step, rng):
-        seeds, pictures = batch_of("classifiers", rng, 64, args)
+        halves = [batch_of(split, rng, 32, args) for split in ("classifiers", "autoencoded")]
+        seeds, pictures = np.concatenate([s for s, _ in halves]), torch.cat([p for _, p in halves])
         targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
         features = model.features(disturb(pictures, rng))
         right = accuracy(model.heads, features, targets)

@@ -140,7 +140,9 @@ def save_half(model, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Pictures
 
-SPLITS = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 40_000)}
+# First seed and number of pictures. The autoencoded ones are the first of the classifiers', with its blur.
+RENDERED = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 40_000)}
+SPLITS = RENDERED | {"autoencoded": (20_000_000, 16_000)}
 
 
 def render_split(split, args):
@@ -158,7 +160,7 @@ def render_split(split, args):
 
 
 def render_all(args):
-    for split in SPLITS:
+    for split in RENDERED:
         render_split(split, args)
 
 
