@@ -1096,7 +1096,8 @@ def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         encoder.train()  # transformers checkpoints in training mode only; Gemma-2 has no dropout
     if args.compile:
-        transformer.compile_repeated_blocks(fullgraph=True)
+        for block in transformer.transformer_blocks:  # diffusers' compile_repeated_blocks does not know SANA's
+            block.compile(fullgraph=True)
     instruction = instruction_text(args.complex_human_instruction)
     max_length = args.max_sequence_length
     if instruction:  # SanaPipeline's count: the instruction's tokens, less its <bos> and the space before the prompt

@@ -103,6 +103,8 @@ def test_every_example_command_of_the_readme_runs(command, small, judges, learne
     program, *argv = shlex.split(command)[1:]
     if "--num_inference_steps" in importlib.import_module(Path(program).stem).command_line().format_help():
         argv += ["--num_inference_steps", "2"]
+    if program == "examples/benchmark.py":
+        argv += "--warmup 1 --steps 2 --breakdown_steps 1".split()
     if program == "examples/evaluate.py":
         argv += ["--dino", str(judges / "dino"), "--siglip", str(judges / "siglip"), "--seeds", "0"]
     before = {path: path.stat().st_mtime_ns for path in learned.rglob("*") if path.is_file()}

@@ -9,6 +9,7 @@ Sections: 1 attributes, 2 SigLIP, 3 DINOv2, 4 classifiers.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,8 @@ class SiglipTraining(nn.Module):
             "image_size": world.SIZE, "patch_size": 8,
         }  # fmt: skip
         self.model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision, attn_implementation="eager"))
+        with torch.no_grad():  # SigLIP's start: nearly all pairs are no pairs
+            self.model.logit_scale.fill_(math.log(10)), self.model.logit_bias.fill_(-10)
         self.heads = AttributeHeads(160)
 
     def forward(self, pictures, ids, same, targets):
