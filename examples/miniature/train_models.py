@@ -52,7 +52,7 @@ STAGES = {
 }
 
 
-STEPS = {"vae": 5600, "clip": 1150, "unet": 7600, "classifiers": 11000, "dinov2": 2500, "siglip": 1400}
+STEPS = {"vae": 5600, "clip": 1150, "unet": 8000, "classifiers": 9500, "dinov2": 2500, "siglip": 1400}
 
 
 def parse_args(argv=None):

@@ -142,7 +142,7 @@ def save_half(model, folder):
 
 # First seed and number of pictures. The autoencoded ones are the first of the classifiers', with its blur.
 RENDERED = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 40_000)}
-SPLITS = RENDERED | {"autoencoded": (20_000_000, 16_000)}
+SPLITS = RENDERED | {"autoencoded": (20_000_000, 8_000)}
 
 
 def render_split(split, args):
