@@ -1,0 +1,83 @@
+"""The pictures: what 150 steps of DTI learn in the miniature world, above floors that a broken method does not reach.
+
+On a change of the method, of the sampling or of the models: run it with `-s`, which prints the scores, and look at
+`quality.png` in the temporary folder before you move a floor.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT
+
+
+MINIATURE = ROOT / "examples" / "miniature"
+sys.path.append(str(MINIATURE))
+
+import evaluate  # noqa: E402
+import generate  # noqa: E402
+import judges as miniature_judges  # noqa: E402
+import world  # noqa: E402
+from export import read_embedding  # noqa: E402
+
+import train_dti_sdxl as script  # noqa: E402
+
+
+CONCEPT = world.CONCEPTS["zebra_star"]
+PROMPTS = [prompt for prompt in evaluate.BUILT_IN["world"] if "photo" in prompt.text or "relation" in prompt.states][
+    :16
+]
+
+
+def measure(script, folder):
+    """Train on the concept, draw every prompt, and return the mean scores."""
+    (folder / "photos").mkdir()
+    references = world.instance_pictures(CONCEPT)
+    for number, picture in enumerate(references):
+        picture.save(folder / "photos" / f"{number}.png")
+    options = f"--pretrained_model_name_or_path {MINIATURE}/sdxl --instance_data_dir {folder}/photos --output_dir {folder}/out"
+    options += f" --placeholder_token <zebra> --initializer_token {CONCEPT.initializer} --resolution 64 --seed 0"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script.main(f"{options} --max_train_steps 150 --learning_rate 0.02 --kappa 5e-4 --report_to none".split())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    embedding = read_embedding(folder / "out")
+    pipe = generate.load_pipeline(str(MINIATURE / "sdxl"), torch.float32, "cpu")
+    generate.load_embedding(pipe, embedding)
+    pairs = [(prompt.with_word("<zebra>"), 0) for prompt in PROMPTS]
+    pictures = [p for *_, p in generate.generate_pairs(pipe, pairs, steps=25, guidance_scale=3.0, batch_size=16)]
+    world.sheet(pictures, [text for text, _ in pairs]).save(folder / "quality.png")
+
+    image = evaluate.ImageScore(str(MINIATURE / "dinov2"))
+    text = evaluate.TextScore(str(MINIATURE / "siglip"))
+    texts = evaluate.text_scores(text, pictures, [prompt.text for prompt in PROMPTS], CONCEPT.initializer)
+    read = miniature_judges.load_classifiers().read(pictures)
+    said = [np.mean([labels[k] == v for k, v in p.states.items()]) for labels, p in zip(read, PROMPTS, strict=True)]
+    scores = SimpleNamespace(
+        image=evaluate.image_scores(image.features(pictures), image.features(references)).mean().item(),
+        text=texts["cosine"].mean().item(),
+        said=float(np.mean(said)),
+        kept=float(np.mean([labels["shape"] == "star" for labels in read])),
+    )
+    print(f"\n{folder}/quality.png", {name: round(value, 3) for name, value in vars(scores).items()})
+    return scores
+
+
+@pytest.fixture(scope="module")
+def quality(tmp_path_factory):
+    return measure(script, tmp_path_factory.mktemp("quality"))
+
+
+def test_pictures_show_the_subject_and_what_the_prompt_says(quality):
+    """Where a run that is right has .40, .94 and .81.
+
+    Seen to fail on purpose: steps up the gradient (image -.31), conditioning that the word has no part in (-.04), directions
+    that stay where they began (-.04), ten times the magnitude (the prompt's attributes .87). The prior's sign and the
+    projection do not show in so short a run; tests/test_sphere.py has these.
+    """
+    assert quality.image > 0.25  # of the class word without any learning: -.04
+    assert quality.said > 0.9
+    assert quality.kept > 0.65  # likewise: .56
