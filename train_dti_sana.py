@@ -1288,7 +1288,9 @@ def diffusion_loss(models: Models, batch: dict) -> torch.Tensor:
 
     if models.transformer.training:
         seed_dropout(batch["generators"])
-    prompt_embeds, mask = encode_prompts(models, batch["prompt"])
+    # Compiled blocks want one shape: other lengths would compile them anew.
+    padding = "max_length" if models.args.compile else "longest"
+    prompt_embeds, mask = encode_prompts(models, batch["prompt"], padding)
     prediction = models.transformer(
         noisy.to(models.transformer.dtype),
         encoder_hidden_states=prompt_embeds.to(models.transformer.dtype),

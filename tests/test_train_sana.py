@@ -206,7 +206,7 @@ def test_short_padding_gives_the_loss_and_gradient_of_all_positions(loaded, monk
     encode, positions = script.encode_prompts, []
 
     def loss_and_gradient(padding):
-        def watched(models, prompts):
+        def watched(models, prompts, _):
             embeds, mask = encode(models, prompts, padding=padding)
             positions.append(embeds.shape[1])
             return embeds, mask
