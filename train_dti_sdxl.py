@@ -54,13 +54,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import accelerate
-import datasets
 import diffusers
 import numpy as np
 import torch
@@ -668,8 +667,8 @@ def read_captions(folder: Path, column: str | None) -> dict[str, str] | None:
         raise UserError(f"{path} cannot be read as rows of file_name and {column}: {error}") from None
 
 
-def load_photographs(args: argparse.Namespace) -> datasets.Dataset:
-    """The photographs, not yet decoded, in a column `image`, and their captions, where there are any, in `caption`.
+def load_photographs(args: argparse.Namespace) -> Sequence[dict]:
+    """A row for each photograph: `image`, not yet decoded, as `datasets` has it, and `caption` where there are captions.
 
     A folder is listed here and not by `datasets`' imagefolder, which sorts files by names like "test" into splits and
     takes brackets in names for patterns.
@@ -677,26 +676,31 @@ def load_photographs(args: argparse.Namespace) -> datasets.Dataset:
     if args.dataset_name is not None:
         return load_named_dataset(args)
     images = find_images(args.instance_data_dir)
-    columns = {"image": [str(path) for path in images]}
+    rows = [{"image": {"path": str(path), "bytes": None}} for path in images]
     captions = read_captions(args.instance_data_dir, args.caption_column)
     if captions is not None:
         without = [path.name for path in images if path.name not in captions]
         if without:
             raise UserError(f"{args.instance_data_dir}: the metadata file has no row for {without[0]!r}.")
-        columns["caption"] = [captions[path.name] for path in images]
-    try:
-        data = datasets.Dataset.from_dict(columns)
-    except UnicodeEncodeError as error:  # a name in another encoding, or half a character in a caption's JSON
-        raise UserError(f"{error.object!r} is not valid UTF-8: rename the file or mend the caption.") from None
-    return data.cast_column("image", datasets.Image(decode=False))
+        rows = [row | {"caption": captions[path.name]} for row, path in zip(rows, images, strict=True)]
+    for text in itertools.chain.from_iterable((row["image"]["path"], row.get("caption", "")) for row in rows):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a name in another encoding, or half a character in a caption's JSON
+            raise UserError(f"{text!r} is not valid UTF-8: rename the file or mend the caption.") from None
+    return rows
 
 
-def load_named_dataset(args: argparse.Namespace) -> datasets.Dataset:
+def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
+    import datasets  # not with the others: a folder of photographs need not wait for it
+
     try:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", token=args.hub_token)
     except Exception as error:  # `datasets` raises many kinds, from its builders and from the network
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}") from None
+    if not len(data):
+        raise UserError(f"--dataset_name {args.dataset_name} has no rows in its split `train`.")
     wanted = {"image": args.image_column} | ({"caption": args.caption_column} if args.caption_column else {})
     for option, column in wanted.items():
         if column not in data.column_names:
@@ -741,7 +745,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_images(photographs: datasets.Dataset, resolution: int) -> None:
+def check_images(photographs: Sequence[dict], resolution: int) -> None:
     """Decode every photograph once, so that a damaged one is found before the models load. Raises UserError."""
     small = 0
     # By rows: before version 4, `datasets` would read the whole column into memory.
@@ -753,9 +757,9 @@ def check_images(photographs: datasets.Dataset, resolution: int) -> None:
         )
 
 
-def prompts_by_image(photographs: datasets.Dataset, args: argparse.Namespace) -> list[list[str]]:
+def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> list[list[str]]:
     """For each photograph the prompts that it may be trained with: its caption, or all templates. Raises UserError."""
-    if "caption" not in photographs.column_names:
+    if "caption" not in photographs[0]:
         templates = (
             read_templates(args.prompt_templates)
             if args.prompt_templates
@@ -763,7 +767,7 @@ def prompts_by_image(photographs: datasets.Dataset, args: argparse.Namespace) ->
         )
         prompts = [template.replace("{}", args.placeholder_token) for template in templates]
         return [prompts] * len(photographs)
-    captions = list(photographs["caption"])
+    captions = [row["caption"] for row in photographs]
     for caption in captions:
         if not isinstance(caption, str) or ("{}" not in caption and args.placeholder_token not in caption):
             raise UserError(
@@ -860,14 +864,18 @@ def batches(
     )
     for batch in loader:
         generators = [noise_generator(examples.seed, position) for position in batch.pop("position").tolist()]
-        on_device = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+        on_device = {k: to_device(v, accelerator.device) for k, v in batch.items() if torch.is_tensor(v)}
         yield {**batch, **on_device, "generators": generators}
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the CPU. A plain `.to` would wait until a GPU has done all that it was given before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
     """Standard normal numbers of the shape (B, ...) and on the device of `like`, each row from its own generator."""
-    rows = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators])
-    return (rows.pin_memory() if like.is_cuda else rows).to(like.device, non_blocking=True)  # without waiting for it
+    return to_device(torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]), like.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1040,6 +1048,8 @@ class Adapters:
 
     def __init__(self, denoiser: torch.nn.Module, args: argparse.Namespace):
         self.denoiser, self.start_step = denoiser, args.lora_start_step
+        rate = args.lora_learning_rate
+        self.description = f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {rate:g}"
         denoiser.add_adapter(lora_config(args))
         denoiser.train(args.lora_dropout > 0)
         cast_training_params(denoiser)
@@ -1149,10 +1159,10 @@ def encode_prompts(models: Models, prompts: list[str]) -> tuple[torch.Tensor, to
         texts = [to_pipeline_prompt(prompt, tokenizer) for prompt in distinct]
         length = tokenizer.model_max_length
         inputs = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        output = encoder(inputs.input_ids.to(encoder.device), output_hidden_states=True)
+        output = encoder(to_device(inputs.input_ids, encoder.device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2])
     embeds, pooled = torch.cat(hidden, dim=-1), output[0]
-    index = torch.tensor([distinct.index(prompt) for prompt in prompts], device=embeds.device)
+    index = to_device(torch.tensor([distinct.index(prompt) for prompt in prompts]), embeds.device)
     return embeds[index], pooled[index]
 
 
@@ -1204,7 +1214,7 @@ def diffusion_loss(models: Models, batch: dict) -> torch.Tensor:
     latents = mean + posterior["std"] * draw_normal(mean, generators)
     noise = draw_normal(mean, generators)
     steps = scheduler.config.num_train_timesteps
-    timesteps = torch.cat([torch.randint(steps, (1,), generator=g) for g in generators]).to(mean.device)
+    timesteps = to_device(torch.cat([torch.randint(steps, (1,), generator=g) for g in generators]), mean.device)
 
     if models.unet.training:
         seed_dropout(generators)
@@ -1361,7 +1371,7 @@ def save_result(training, args: argparse.Namespace, step: int, suffix: str = "")
 def save_options(args: argparse.Namespace, derived: dict) -> None:
     """Write all options, and what was computed from them, to training_options.json: enough to repeat the run."""
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "hub_token"}
-    libraries = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate, datasets)}
+    libraries = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate)}
     text = json.dumps({"options": options, "derived": derived, "versions": libraries}, indent=2)
     write_file(args.output_dir / "training_options.json", f"{text}\n".encode())
 
@@ -2050,9 +2060,7 @@ def main(argv: list[str] | None = None) -> None:
         "photographs": len(photographs),
         "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
         "vectors": num_vectors,
-        "lora": f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {args.lora_learning_rate:g}"
-        if args.rank
-        else "none",
+        "lora": adapters.description if adapters else "none",
         "magnitudes": [token.magnitude or "free" for token in models.tokens],
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         "steps": args.max_train_steps,

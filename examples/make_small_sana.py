@@ -11,7 +11,9 @@ Its pictures are best kept small: `pipe(prompt, height=64, width=64, use_resolut
 """
 
 import argparse
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -30,13 +32,25 @@ ORDINARY = ["<mask>", "<unused0>", "\n", "\n\n", "▁▁", "▁▁▁"]
 
 
 def make_merges() -> list[tuple[str, str]]:
-    """Byte-pair merges that spell each of `WORDS`, alone and after a space (in Gemma "▁"), as one token."""
+    """Byte-pair merges, the commonest pair first, that make each of `WORDS` one token, alone and after a space ("▁")."""
+    spelled = [[*word] for word in WORDS] + [["▁", *word] for word in WORDS]
     merges = [("▁", "▁"), ("▁▁", "▁")]
-    # The longest first: else the "in" of "painting" would be merged before its beginning.
-    for word in sorted(WORDS, key=len, reverse=True):
-        merges += [(word[:end], word[end]) for end in range(1, len(word))]
-    merges += [("▁", word) for word in WORDS]
-    return list(dict.fromkeys(merges))
+    while any(len(pieces) > 1 for pieces in spelled):
+        pairs = Counter(pair for pieces in spelled for pair in itertools.pairwise(pieces))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        spelled = [merge_pair(pieces, best) for pieces in spelled]
+    return merges
+
+
+def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def make_tokenizer(folder: Path) -> GemmaTokenizerFast:

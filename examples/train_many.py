@@ -56,7 +56,10 @@ def load_script(path: Path):
 
 
 def load_models_once(script) -> None:
-    """Let the script's `load_models` give the same models again where they would be the same, without the last new word and adapters."""
+    """Let the script's `load_models` give the same models again where they would be the same.
+
+    The last subject's new word and adapters are taken off them before.
+    """
     load, kept = script.load_models, {}
 
     def load_or_reuse(args, tokenizers, device, dtype):

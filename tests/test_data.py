@@ -14,6 +14,10 @@ import train_dti_sdxl as script
 from train_dti_sdxl import UserError
 
 
+def images(photographs) -> list[dict]:
+    return [row["image"] for row in photographs]
+
+
 def data_options(folder=None, **changes) -> argparse.Namespace:
     defaults = {
         "instance_data_dir": folder,
@@ -95,7 +99,7 @@ def test_a_folder_of_odds_and_ends(tmp_path, caplog):
     Image.new("RGB", (40, 40)).save(tmp_path / ".ipynb_checkpoints" / "copy.png")
     with caplog.at_level("INFO", logger="dti"):
         photographs = script.load_photographs(data_options(tmp_path))
-    assert [script.open_image(record).size for record in photographs["image"]] == [(40, 40)] * 2
+    assert [script.open_image(record).size for record in images(photographs)] == [(40, 40)] * 2
     assert "notes.txt" in caplog.text and ".DS_Store" in caplog.text
 
 
@@ -111,7 +115,7 @@ def test_captions_of_the_metadata_file(tmp_path, suffix):
     (tmp_path / f"metadata.{suffix}").write_text("\n".join(lines[suffix]) + "\n")
     args = data_options(tmp_path, caption_column="words")
     photographs = script.load_photographs(args)
-    assert [path.split("/")[-1] for path in (record["path"] for record in photographs["image"])] == ["a.png", "b.png"]
+    assert [path.split("/")[-1] for path in (record["path"] for record in images(photographs))] == ["a.png", "b.png"]
     assert script.prompts_by_image(photographs, args) == [["the <new>, asleep"], ["a <new> on grass"]]
     with pytest.raises(UserError, match="--caption_column text"):
         script.load_photographs(data_options(tmp_path))
@@ -135,7 +139,7 @@ def test_a_data_set_that_datasets_loads(tmp_path):
     data.to_parquet(tmp_path / "train.parquet")
     args = data_options(dataset_name=str(tmp_path), image_column="photo", caption_column="said")
     photographs = script.load_photographs(args)
-    assert [script.open_image(record).getpixel((0, 0)) for record in photographs["image"]] == [
+    assert [script.open_image(record).getpixel((0, 0)) for record in images(photographs)] == [
         (255, 0, 0),
         (0, 128, 0),
     ]
@@ -144,6 +148,9 @@ def test_a_data_set_that_datasets_loads(tmp_path):
         script.load_photographs(data_options(dataset_name=str(tmp_path)))
     with pytest.raises(UserError, match="cannot be loaded"):
         script.load_photographs(data_options(dataset_name=str(tmp_path / "nowhere")))
+    data.select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="has no rows|cannot be loaded"):
+        script.load_photographs(args)
 
 
 def test_templates(tmp_path):
@@ -222,7 +229,7 @@ def test_an_example_is_a_function_of_seed_and_position(examples):
 
 
 def test_each_epoch_shows_every_photograph_once_in_a_new_order(examples):
-    size = {tuple(script.open_image(r).size[::-1]): i for i, r in enumerate(examples.photographs["image"])}
+    size = {tuple(script.open_image(r).size[::-1]): i for i, r in enumerate(images(examples.photographs))}
     order = [size[tuple(int(n) for n in examples[i]["time_ids"][:2])] for i in range(20)]
     epochs = [order[i : i + 5] for i in range(0, 20, 5)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)

@@ -6,17 +6,10 @@ block) and the vocabulary's unused rows are cut. One forward and backward pass e
 
 import argparse
 
+import benchmark
 import pytest
 import torch
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SanaTransformer2DModel,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 import train_dti_sana
 import train_dti_sdxl
@@ -29,113 +22,31 @@ def token_options() -> argparse.Namespace:
     return argparse.Namespace(magnitude="mean", init="token", initializer_token="teapot", optimizer="rsgd", kappa=1e-4)
 
 
-def frozen(model):
-    return model.to(torch.bfloat16).requires_grad_(False).eval()
+# One layer a block, or two where fewer would leave a kind of layer out.
+SHALLOW = {
+    "text_encoder": {"num_hidden_layers": 2},
+    "text_encoder_2": {"num_hidden_layers": 2},
+    "unet": {"layers_per_block": 1, "transformer_layers_per_block": 1},
+    "transformer": {"num_layers": 2},
+}
+SHALLOW_VAE = {
+    "sdxl": {"layers_per_block": 1},
+    "sana-1.6b": {"encoder_layers_per_block": (1,) * 6, "decoder_layers_per_block": (1,) * 6},
+}
 
 
-def clip_text_encoder(cls, width, intermediate, heads, activation):
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=intermediate,
-        projection_dim=width,
-        num_attention_heads=heads,
-        num_hidden_layers=2,  # 12 and 32
-        hidden_act=activation,
-        eos_token_id=2,
-    )
-    return frozen(cls(config))
-
-
-def sdxl_unet():
-    return frozen(
-        UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,  # 2
-            attention_head_dim=(5, 10, 20),
-            transformer_layers_per_block=1,  # 1, 2, 10
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-    )
-
-
-def sdxl_vae():
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,  # 2
-        latent_channels=4,
-        sample_size=1024,
-        scaling_factor=0.13025,
-    ).requires_grad_(False)
-
-
-def sana_transformer():
-    """SANA 1.5: 1.6B has 20 layers and 4.8B has 60 of these, nothing else differs."""
-    return frozen(
-        SanaTransformer2DModel(
-            in_channels=32,
-            out_channels=32,
-            num_attention_heads=70,
-            attention_head_dim=32,
-            num_layers=2,  # 20 or 60
-            num_cross_attention_heads=20,
-            cross_attention_head_dim=112,
-            cross_attention_dim=2240,
-            caption_channels=2304,
-            mlp_ratio=2.5,
-            sample_size=32,
-            patch_size=1,
-            qk_norm="rms_norm_across_heads",
-        )
-    )
-
-
-def sana_vae():
-    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    scales = ((), (), (), (5,), (5,), (5,))
-    return AutoencoderDC(
-        latent_channels=32,
-        attention_head_dim=32,
-        encoder_block_types=blocks,
-        decoder_block_types=blocks,
-        encoder_block_out_channels=(128, 256, 512, 512, 1024, 1024),
-        decoder_block_out_channels=(128, 256, 512, 512, 1024, 1024),
-        encoder_layers_per_block=(1,) * 6,  # 2, 2, 2, 3, 3, 3
-        decoder_layers_per_block=(1,) * 6,  # 3 each
-        encoder_qkv_multiscales=scales,
-        decoder_qkv_multiscales=scales,
-        upsample_block_type="interpolate",
-        downsample_block_type="conv",
-        scaling_factor=0.41407,
-    ).requires_grad_(False)
-
-
-def gemma():
-    return frozen(
-        Gemma2Model(
-            Gemma2Config(
-                vocab_size=256000,
-                hidden_size=2304,
-                intermediate_size=9216,
-                num_hidden_layers=2,  # 26
-                num_attention_heads=8,
-                num_key_value_heads=4,
-                head_dim=256,
-                query_pre_attn_scalar=256,
-                sliding_window=4096,
-                use_cache=False,
-            )
-        )
-    )
+def shallow_models(model: str) -> dict[str, torch.nn.Module]:
+    """Every part at its published width, frozen; in bfloat16 but for the VAE."""
+    models = {}
+    for name, (cls, config) in benchmark.parts_of(model).items():
+        fewer = SHALLOW_VAE[model] if name == "vae" else SHALLOW[name]
+        if isinstance(config, dict):
+            config = config | fewer
+        else:
+            config.update(fewer)
+        dtype = torch.float32 if name == "vae" else torch.bfloat16
+        models[name] = benchmark.construct(cls, config, "cpu", dtype).requires_grad_(False)
+    return models
 
 
 def check_a_step(script, models, args, widths, latent_shape):
@@ -163,14 +74,12 @@ def check_a_step(script, models, args, widths, latent_shape):
 def test_sdxl(small):
     script = train_dti_sdxl
     args = argparse.Namespace(pretrained_model_name_or_path=str(small / "sdxl"), revision=None, hub_token=None)
+    parts = shallow_models("sdxl")
     models = script.Models(
         tokenizers=script.load_tokenizers(args),
-        text_encoders=[
-            clip_text_encoder(CLIPTextModel, 768, 3072, 12, "quick_gelu"),
-            clip_text_encoder(CLIPTextModelWithProjection, 1280, 5120, 20, "gelu"),
-        ],
-        unet=sdxl_unet(),
-        vae=sdxl_vae(),
+        text_encoders=[parts["text_encoder"], parts["text_encoder_2"]],
+        unet=parts["unet"],
+        vae=parts["vae"],
         noise_scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         tokens=[],
     )
@@ -184,11 +93,12 @@ def test_sana(small):
         " --output_dir unused".split()
     )
     scheduler = FlowMatchEulerDiscreteScheduler()
+    parts = shallow_models("sana-1.6b")
     models = script.Models(
         tokenizers=script.load_tokenizers(args),
-        text_encoders=[gemma()],
-        transformer=sana_transformer(),
-        vae=sana_vae(),
+        text_encoders=[parts["text_encoder"]],
+        transformer=parts["transformer"],
+        vae=parts["vae"],
         timesteps=scheduler.timesteps,
         sigmas=scheduler.sigmas,
         instruction="",
