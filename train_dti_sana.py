@@ -78,6 +78,7 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
@@ -965,7 +966,7 @@ OneTrainer reads [`{file}`]({url}). ComfyUI's core has no embeddings for SANA ye
 class Models:
     """The frozen pipeline's parts, and the new word in its text encoder.
 
-    `timesteps` and `sigmas` (1000,) are the scheduler's, on the device. `max_length` counts the instruction's tokens.
+    `timesteps` and `sigmas` (1000,) are the scheduler's, on the CPU. `max_length` counts the instruction's tokens.
     """
 
     tokenizers: list
@@ -1083,8 +1084,8 @@ def instruction_text(option: str | None) -> str:
     return option
 
 
-def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device, dtype: torch.dtype) -> Models:
-    """Load everything frozen: the VAE on the CPU, the rest on the device, the encoder still as it was shipped."""
+def load_models(args: argparse.Namespace, tokenizers: list, dtype: torch.dtype) -> Models:
+    """Load everything, frozen, to the CPU; the encoder still as it was shipped."""
     if dtype == torch.float16:
         logger.warning("--mixed_precision fp16: Gemma-2 and SANA's autoencoder overflow in it. Use bf16.")
     path, options = args.pretrained_model_name_or_path, {"variant": args.variant, **hub_options(args)}
@@ -1098,8 +1099,6 @@ def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device
     encoder.config.use_cache = False  # Gemma-2 would build a key-value cache
     for model in (vae, transformer, encoder):
         model.requires_grad_(False).eval()
-    transformer.to(device)
-    encoder.to(device)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -1116,8 +1115,8 @@ def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device
         text_encoders=[encoder],
         transformer=transformer,
         vae=vae,
-        timesteps=scheduler.timesteps.to(device),
-        sigmas=scheduler.sigmas.to(device),
+        timesteps=scheduler.timesteps,
+        sigmas=scheduler.sigmas,
         instruction=instruction,
         max_length=max_length,
         args=args,
@@ -1293,8 +1292,9 @@ def diffusion_loss(models: Models, batch: dict) -> torch.Tensor:
     """L_data: flow matching with the scheduler's sigmas, timesteps drawn and weighted as in SD3. A float32 scalar."""
     latents = batch["latents"] if "latents" in batch else encode_images(models.vae, batch["pixel_values"])["latents"]
     noise = draw_normal(latents, batch["generators"])
-    index = to_device(draw_timesteps(models.args, batch["generators"], len(models.timesteps)), latents.device)
-    timesteps, sigmas = models.timesteps[index], models.sigmas[index].view(-1, 1, 1, 1)
+    index = draw_timesteps(models.args, batch["generators"], len(models.timesteps))
+    timesteps, sigmas = (to_device(x[index], latents.device) for x in (models.timesteps, models.sigmas))
+    sigmas = sigmas.view(-1, 1, 1, 1)
     # x_t = (1 - sigma) x + sigma noise, target = noise - x
     noisy = (1 - sigmas) * latents + sigmas * noise
 
@@ -1321,8 +1321,11 @@ def draw_timesteps(args: argparse.Namespace, generators: list[torch.Generator], 
 
 
 @torch.no_grad()
-def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[Image.Image]:
-    """Sample the prompt by Euler steps, with the instruction of the training. Draws from its own generators only."""
+def sample_latents(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[torch.Tensor]:
+    """Sample the prompt by Euler steps, with the instruction of the training. Draws from its own generators only.
+
+    Returns --num_validation_images latents (1, C, R/32, R/32), not decoded: the VAE is in float32.
+    """
     with missing_parts_as_user_errors(args):
         shipped = NOISE_SCHEDULER.load_config(
             args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
@@ -1331,25 +1334,22 @@ def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shipped.get("shift", shipped.get("flow_shift", 1.0)))
     pipeline = SanaPipeline(models.tokenizers[0], models.text_encoders[0], models.vae, models.transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    device = models.transformer.device
-    images = []
+    latents = []
     for index in range(args.num_validation_images):
-        # Decoded here and not in the pipeline: the VAE is in float32 whatever the transformer is in.
-        latents = pipeline(
+        output = pipeline(
             prompt=to_pipeline_prompt(prompt, models.tokenizers[0]),
             height=args.resolution,
             width=args.resolution,
             num_inference_steps=args.validation_inference_steps,
             guidance_scale=args.validation_guidance_scale,
-            generator=torch.Generator(device).manual_seed(seed + index),
+            generator=torch.Generator(models.transformer.device).manual_seed(seed + index),
             max_sequence_length=args.max_sequence_length,
             complex_human_instruction=[models.instruction] if models.instruction else None,
             use_resolution_binning=False,
             output_type="latent",
-        ).images
-        pixels = models.vae.decode(latents.float() / models.vae.config.scaling_factor).sample
-        images += pipeline.image_processor.postprocess(pixels)
-    return images
+        )
+        latents.append(output.images)
+    return latents
 
 
 def loading_snippet(
@@ -1822,6 +1822,28 @@ def share(args: argparse.Namespace, repository: str, derived: dict, snippet: str
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Copied from train_dti_sdxl.room_for_vae
+@contextlib.contextmanager
+def room_for_vae(models: Models, args: argparse.Namespace):
+    """Within it, with --gradient_checkpointing, which is to save memory, the VAE is alone on the device."""
+    device = models.vae.device
+    others = [getattr(models, DENOISER), *models.text_encoders] if args.gradient_checkpointing else []
+    for model in others:
+        model.to("cpu")
+    try:
+        yield
+    finally:
+        for model in others:
+            model.to(device)
+
+
+# Copied from train_dti_sdxl.decode_latents
+@torch.no_grad()
+def decode_latents(vae, latents: torch.Tensor) -> Image.Image:
+    pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample
+    return VaeImageProcessor().postprocess(pixels)[0]
+
+
 # Copied from train_dti_sdxl.validate
 def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator, seed: int, step: int) -> None:
     """Sample every validation prompt, and put the pictures into validation-<step>.png and the tracker."""
@@ -1831,8 +1853,10 @@ def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator,
     denoiser = getattr(models, DENOISER)
     dropout = denoiser.training
     denoiser.eval()
-    rows = [generate_images(models, prompt, args, seed) for prompt in prompts]
+    latents = [sample_latents(models, prompt, args, seed) for prompt in prompts]
     denoiser.train(dropout)
+    with room_for_vae(models, args):
+        rows = [[decode_latents(models.vae, x) for x in row] for row in latents]
     models.vae.to(vae_device)
     free_memory()
 
@@ -2170,25 +2194,28 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = choose_checkpoint(args, num_vectors)
     seed = choose_seed(args, checkpoint)
 
-    # Models, frozen; and the new word, all that is trained but for adapters.
+    # Models, frozen. While the photographs are encoded, the VAE is alone on the device.
     device = accelerator.device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    models = load_models(args, tokenizers, device, dtype)
+    models = load_models(args, tokenizers, dtype)
+    cache = cache_latents(models, photographs, args, seed, accelerator) if args.cache_latents else None
+
+    # The new word, all that is trained but for adapters.
     for encoder, tokenizer, first_id, rows in zip(
         models.text_encoders, tokenizers, first_ids, warm_start, strict=True
     ):
-        models.tokens.append(make_token(encoder, tokenizer, first_id, num_vectors, rows, args))
+        models.tokens.append(make_token(encoder.to(device), tokenizer, first_id, num_vectors, rows, args))
         encoder.to(dtype)
+    denoiser = getattr(models, DENOISER).to(device)
 
     # Optimizer and schedule. The learning rate is the option's, whatever the batch.
-    adapters = Adapters(getattr(models, DENOISER), args) if args.rank else None
+    adapters = Adapters(denoiser, args) if args.rank else None
     training, first_step = Training(models.tokens, adapters, args, accelerator), 1
     if checkpoint is not None:
         training.resume(checkpoint)
         first_step = checkpoint.step + 1
 
     # Data.
-    cache = cache_latents(models, photographs, args, seed, accelerator) if args.cache_latents else None
     if cache is None:
         models.vae.to(device)
     examples = TrainingExamples(photographs, prompts, cache, seed, args)

@@ -75,6 +75,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -1005,8 +1006,8 @@ def load_text_encoder(cls: type, path: str, subfolder: str, **options):
     return encoder
 
 
-def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device, dtype: torch.dtype) -> Models:
-    """Load everything frozen: the VAE on the CPU, the rest on the device, the encoders still in float32."""
+def load_models(args: argparse.Namespace, tokenizers: list, dtype: torch.dtype) -> Models:
+    """Load everything, frozen, to the CPU; the encoders still in float32."""
     path, options = args.pretrained_model_name_or_path, {"variant": args.variant, **hub_options(args)}
     with missing_parts_as_user_errors(args):
         scheduler = NOISE_SCHEDULER.from_pretrained(path, subfolder="scheduler", **hub_options(args))
@@ -1019,8 +1020,6 @@ def load_models(args: argparse.Namespace, tokenizers: list, device: torch.device
         ]
     for model in (vae, unet, *text_encoders):
         model.requires_grad_(False).eval()
-    for model in (unet, *text_encoders):
-        model.to(device)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for encoder in text_encoders:
@@ -1229,8 +1228,11 @@ def diffusion_loss(models: Models, batch: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[Image.Image]:
-    """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only."""
+def sample_latents(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[torch.Tensor]:
+    """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only.
+
+    Returns --num_validation_images latents (1, 4, R/8, R/8), not decoded: the VAE is in float32 whatever the UNet is in.
+    """
     scheduler = DDIMScheduler.from_config(models.noise_scheduler.config, clip_sample=False, set_alpha_to_one=False)
     parts = dict(
         zip(("tokenizer", "tokenizer_2", *ENCODERS), (*models.tokenizers, *models.text_encoders), strict=True)
@@ -1239,23 +1241,20 @@ def generate_images(models: Models, prompt: str, args: argparse.Namespace, seed:
         vae=models.vae, unet=models.unet, scheduler=scheduler, **parts, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    device = models.unet.device
-    images = []
+    latents = []
     for index in range(args.num_validation_images):
-        # Decoded here and not in the pipeline: the VAE is in float32 whatever the UNet is in.
         with end_token_pooling(models):
-            latents = pipeline(
+            output = pipeline(
                 prompt=prompt,
                 height=args.resolution,
                 width=args.resolution,
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=args.validation_guidance_scale,
-                generator=torch.Generator(device).manual_seed(seed + index),
+                generator=torch.Generator(models.unet.device).manual_seed(seed + index),
                 output_type="latent",
-            ).images
-        pixels = models.vae.decode(latents.float() / models.vae.config.scaling_factor).sample
-        images += pipeline.image_processor.postprocess(pixels)
-    return images
+            )
+        latents.append(output.images)
+    return latents
 
 
 def loading_snippet(
@@ -1699,6 +1698,26 @@ def share(args: argparse.Namespace, repository: str, derived: dict, snippet: str
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def room_for_vae(models: Models, args: argparse.Namespace):
+    """Within it, with --gradient_checkpointing, which is to save memory, the VAE is alone on the device."""
+    device = models.vae.device
+    others = [getattr(models, DENOISER), *models.text_encoders] if args.gradient_checkpointing else []
+    for model in others:
+        model.to("cpu")
+    try:
+        yield
+    finally:
+        for model in others:
+            model.to(device)
+
+
+@torch.no_grad()
+def decode_latents(vae, latents: torch.Tensor) -> Image.Image:
+    pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample
+    return VaeImageProcessor().postprocess(pixels)[0]
+
+
 def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator, seed: int, step: int) -> None:
     """Sample every validation prompt, and put the pictures into validation-<step>.png and the tracker."""
     vae_device = models.vae.device
@@ -1707,8 +1726,10 @@ def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator,
     denoiser = getattr(models, DENOISER)
     dropout = denoiser.training
     denoiser.eval()
-    rows = [generate_images(models, prompt, args, seed) for prompt in prompts]
+    latents = [sample_latents(models, prompt, args, seed) for prompt in prompts]
     denoiser.train(dropout)
+    with room_for_vae(models, args):
+        rows = [[decode_latents(models.vae, x) for x in row] for row in latents]
     models.vae.to(vae_device)
     free_memory()
 
@@ -2032,25 +2053,28 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = choose_checkpoint(args, num_vectors)
     seed = choose_seed(args, checkpoint)
 
-    # Models, frozen; and the new word, all that is trained but for adapters.
+    # Models, frozen. While the photographs are encoded, the VAE is alone on the device.
     device = accelerator.device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    models = load_models(args, tokenizers, device, dtype)
+    models = load_models(args, tokenizers, dtype)
+    cache = cache_latents(models, photographs, args, seed, accelerator) if args.cache_latents else None
+
+    # The new word, all that is trained but for adapters.
     for encoder, tokenizer, first_id, rows in zip(
         models.text_encoders, tokenizers, first_ids, warm_start, strict=True
     ):
-        models.tokens.append(make_token(encoder, tokenizer, first_id, num_vectors, rows, args))
+        models.tokens.append(make_token(encoder.to(device), tokenizer, first_id, num_vectors, rows, args))
         encoder.to(dtype)
+    denoiser = getattr(models, DENOISER).to(device)
 
     # Optimizer and schedule. The learning rate is the option's, whatever the batch.
-    adapters = Adapters(getattr(models, DENOISER), args) if args.rank else None
+    adapters = Adapters(denoiser, args) if args.rank else None
     training, first_step = Training(models.tokens, adapters, args, accelerator), 1
     if checkpoint is not None:
         training.resume(checkpoint)
         first_step = checkpoint.step + 1
 
     # Data.
-    cache = cache_latents(models, photographs, args, seed, accelerator) if args.cache_latents else None
     if cache is None:
         models.vae.to(device)
     examples = TrainingExamples(photographs, prompts, cache, seed, args)

@@ -382,13 +382,15 @@ def random_weights(script, device: torch.device | None = None) -> Iterator[None]
 
     def diffusers_model(cls: type, place) -> Callable:
         def build(path, subfolder, torch_dtype, **_):
-            return construct(cls, cls.load_config(path, subfolder=subfolder), place, torch_dtype)
+            model = construct(cls, cls.load_config(path, subfolder=subfolder), place, torch_dtype)
+            return model.to("cpu") if model.device.type == "cuda" else model  # where the script's models come from
 
         return build
 
     def text_encoder(cls: type, path, subfolder, torch_dtype, **_):
         config = cls.config_class.from_pretrained(path, subfolder=subfolder)
-        return construct(cls, config, device, torch.bfloat16 if torch_dtype == "auto" else torch_dtype)
+        model = construct(cls, config, device, torch.bfloat16 if torch_dtype == "auto" else torch_dtype)
+        return model.to("cpu") if device.type == "cuda" else model
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = next(cls for cls in (AutoencoderKL, AutoencoderDC) if hasattr(script, cls.__name__))
@@ -543,8 +545,7 @@ class Observer:
         return measured
 
     def take(self, models) -> None:
-        denoiser = getattr(models, self.script.DENOISER)
-        self.models, self.device, self.dtype = models, denoiser.device, denoiser.dtype
+        self.models, self.dtype = models, getattr(models, self.script.DENOISER).dtype
         self.watch_models(models)
         if self.device.type == "cuda":  # what making the weights took is no business of the script
             torch.cuda.empty_cache()
@@ -558,6 +559,7 @@ class Observer:
     def with_backward(self, start_accelerator: Callable) -> Callable:
         def start(args):
             accelerator = start_accelerator(args)
+            self.device = accelerator.device
             accelerator.backward = self.ledger.wrap(accelerator.backward, "denoiser backward")
             return accelerator
 
@@ -680,9 +682,8 @@ def weightless(script, observer: Observer, args: argparse.Namespace):
         parameter = torch.nn.Parameter(torch.empty_like(token.parameter, device="meta"))
         tokens.append(dataclasses.replace(token, parameter=parameter))
         encoder.set_input_embeddings(script.ExtendedEmbedding(encoder.get_input_embeddings(), tokens[-1]))
-    on_meta = {k: v.to("meta") for k, v in vars(models).items() if torch.is_tensor(v)}
     parts = {script.DENOISER: denoiser, "text_encoders": encoders, "tokens": tokens}
-    return dataclasses.replace(models, **parts, vae=like(models.vae, torch.float32), **on_meta)
+    return dataclasses.replace(models, **parts, vae=like(models.vae, torch.float32))
 
 
 def out_of_memory(error: BaseException) -> bool:

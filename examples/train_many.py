@@ -62,13 +62,13 @@ def load_models_once(script) -> None:
     """
     load, kept = script.load_models, {}
 
-    def load_or_reuse(args, tokenizers, device, dtype):
+    def load_or_reuse(args, tokenizers, dtype):
         names = ("pretrained_model_name_or_path", "revision", "variant", "gradient_checkpointing", "compile")
         names += ("pooling", "max_sequence_length", "complex_human_instruction")
-        key = (str(device), dtype, *(getattr(args, name, None) for name in names))
+        key = (dtype, *(getattr(args, name, None) for name in names))
         if key not in kept:
             kept.clear()  # one set of models at a time
-            models = kept[key] = load(args, tokenizers, device, dtype)
+            models = kept[key] = load(args, tokenizers, dtype)
             models.vocabularies = [encoder.get_input_embeddings() for encoder in models.text_encoders]
         models = kept[key]
         for encoder, vocabulary in zip(models.text_encoders, models.vocabularies, strict=True):

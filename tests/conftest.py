@@ -131,7 +131,7 @@ def loaded(trainer, options):
         args = trainer.parse_args(options(*flags, **changes))
         tokenizers = trainer.load_tokenizers(args)
         count, first_ids, _ = trainer.prepare_placeholder(args, tokenizers)
-        models = trainer.load_models(args, tokenizers, torch.device("cpu"), torch.float32)
+        models = trainer.load_models(args, tokenizers, torch.float32)
         for encoder, tokenizer, first_id in zip(models.text_encoders, tokenizers, first_ids, strict=True):
             models.tokens.append(trainer.make_token(encoder, tokenizer, first_id, count, None, args))
             encoder.float()

@@ -36,10 +36,10 @@ OWN = {
     "diffusion_loss",
     "encode_images",
     "encode_prompts",
-    "generate_images",
     "load_models",
     "load_tokenizers",
     "loading_snippet",
+    "sample_latents",
     "size_conditioning",
     "to_pipeline_prompt",
 }

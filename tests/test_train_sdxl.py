@@ -277,7 +277,7 @@ def test_the_cache_keeps_the_posterior_and_the_vae_leaves(small, options):
     args = script.parse_args(options(crops_per_image=6))
     photographs = script.load_photographs(args)
     tokenizers = script.load_tokenizers(args)
-    models = script.load_models(args, tokenizers, torch.device("cpu"), torch.float32)
+    models = script.load_models(args, tokenizers, torch.float32)
     cache = script.cache_latents(models, photographs, args, 0, Accelerator(cpu=True))
     assert len(cache) == 5 and 1 < max(map(len, cache)) <= 6
     view = cache[0][0]
@@ -418,7 +418,7 @@ def test_two_transformers_generations_name_weights_differently(small, options, t
     args = script.parse_args(options(pretrained_model_name_or_path=broken))
     tokenizers = script.load_tokenizers(args)
     with pytest.raises(script.UserError, match="text_encoder lacks the weights"):
-        script.load_models(args, tokenizers, torch.device("cpu"), torch.float32)
+        script.load_models(args, tokenizers, torch.float32)
 
 
 def test_reports_what_it_left_out(train, monkeypatch, caplog):
