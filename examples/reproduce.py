@@ -71,13 +71,18 @@ def command_line() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
-    for name in ("sdxl/model_index.json", "siglip/config.json", "dinov2/config.json", "classifiers/model.safetensors"):
-        if not (args.models / name).is_file():
-            raise UserError(f"--models {args.models} has no {name}: give the folder that train_models.py has filled.")
+    check_models(args.models)
     available = sum(concept.subject is not None for concept in miniature("world").CONCEPTS.values())
     if max(args.concepts, args.ablation_concepts) > available:
         raise UserError(f"--concepts {args.concepts}: the world has {available} subjects among its concepts.")
     return args
+
+
+def check_models(folder: Path) -> None:
+    """Refuse a folder that lacks a model. Raises UserError."""
+    for name in ("sdxl/model_index.json", "siglip/config.json", "dinov2/config.json", "classifiers/model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"--models {folder} has no {name}: give the folder that train_models.py has filled.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,9 +410,10 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Path:
+def facts_of(args: argparse.Namespace) -> dict[str, str]:
+    """Where a report comes from."""
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
-    facts = {
+    return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": f"{machine}, {platform.machine()}",
@@ -415,6 +421,10 @@ def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Pa
         "training": f"{args.max_train_steps} steps, batch {args.train_batch_size}",
         "sampling": f"{args.num_inference_steps} DDIM steps, {len(args.picture_seeds)} seeds",
     }
+
+
+def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Path:
+    facts = facts_of(args)
     parts = ["# The paper's Tables 2 and 3 in miniature", "", *(f"- {k}: {v}" for k, v in facts.items())]
     parts += ["", "Intervals are 95%, over concepts; seeds are averaged first. Differences are paired by concept.", ""]
     found, plots = {}, {}

@@ -21,7 +21,7 @@ from training import (
     SPLITS,
     PictureTower,
     batch_of,
-    captions_of,
+    caption_batch,
     fit,
     fray,
     new_tokenizer,
@@ -107,7 +107,8 @@ class SiglipTraining(nn.Module):
         }  # fmt: skip
         self.model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision, attn_implementation="eager"))
         with torch.no_grad():  # SigLIP's start: nearly all pairs are no pairs
-            self.model.logit_scale.fill_(math.log(10)), self.model.logit_bias.fill_(-10)
+            self.model.logit_scale.fill_(math.log(10))
+            self.model.logit_bias.fill_(-10)
         self.heads = AttributeHeads(160)
 
     def forward(self, pictures, ids, same, targets):
@@ -123,14 +124,9 @@ class SiglipTraining(nn.Module):
 def train_siglip(args):
     torch.manual_seed(args.seed)
     training, tokenizer = SiglipTraining().to(args.device), new_tokenizer(length=64)
-    size, hard = 64, 32
 
     def loss_of(step, rng):
-        seeds, pictures = batch_of("judges", rng, size, args)
-        texts = captions_of(seeds, rng, hard=hard)
-        same = torch.zeros(size, len(texts), dtype=torch.bool, device=args.device)
-        for i, text in enumerate(texts[size:]):
-            same[i, size + i] = text == texts[i]
+        seeds, pictures, texts, same = caption_batch("judges", rng, 64, args)
         rows = [fray(row, rng) if rng.random() < 0.3 else row for row in tokenizer(texts).input_ids]
         ids = pad_ids([row[:64] for row in rows], tokenizer.pad_token_id, 64).to(args.device)
         targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)

@@ -1,7 +1,7 @@
 """Measure how well the miniature's generator draws what prompts say, and show it.
 
     python measure.py                                   # 400 prompts, 25 steps, guidance 5
-    python measure.py --model sdxl --count 40 --guidance_scale 1.5
+    python measure.py --model sana --count 40 --guidance_scale 1.5
 
 Prompts are captions of scenes from a seed range that no training run uses. A picture is judged by attribute
 classifiers (`classifiers/`, trained on yet other seeds), each attribute only where the prompt states it. Concepts,
@@ -70,16 +70,24 @@ def concept_prompts(each=4):
     return prompts
 
 
+# SanaPipeline's defaults are for prompts of 300 tokens and pictures of at least 1024 pixels.
+SANA_OPTIONS = {"complex_human_instruction": None, "use_resolution_binning": False, "max_sequence_length": 48}
+
+
 def generate(pipe, prompts, args):
     """One picture a prompt, its noise drawn from the prompt's own seed."""
+    options = SANA_OPTIONS if hasattr(pipe, "transformer") else {}
     pictures = []
     for i in range(0, len(prompts), args.batch):
         part = prompts[i : i + args.batch]
         pictures += pipe(
             [text for _, _, text, _ in part],
+            height=world.SIZE,
+            width=world.SIZE,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed, *_ in part],
+            **options,
         ).images
     return pictures
 
@@ -123,11 +131,11 @@ def captioned(prompts, verdicts, reads):
 
 
 def main(argv=None):
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
     args = parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipe = StableDiffusionXLPipeline.from_pretrained(args.model).to(args.device)
+    pipe = DiffusionPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     classifiers = judges.load_classifiers()
     prompts, worded = held_out_prompts(args.count), concept_prompts()

@@ -10,7 +10,7 @@ start again as often as you like; `--runs_dir` holds data and checkpoints. CPU o
 
 What each stage makes, and from what:
     data        pictures of three seed ranges: generator, judges and classifiers never share one
-    vae         AutoencoderKL, 64x64 pixels to 8x8 latents of 16 channels
+    vae         AutoencoderKL, 64x64 pixels to 16x16 latents of 8 channels
     clip        two CLIP text encoders and their tokenizers, contrastively against pictures, then frozen
     encode      latents and text embeddings of the generator's pictures and captions, once
     unet        UNet2DConditionModel with SDXL's added conditions, by predicting noise
@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 
 import generator
+import generator_sana
 import judges
 import torch
 import torch.distributed as dist
@@ -49,10 +50,14 @@ STAGES = {
     "classifiers": judges.train_classifiers,
     "dinov2": judges.train_dinov2,
     "siglip": judges.train_siglip,
+    "sana_vae": generator_sana.train_autoencoder,
+    "gemma": generator_sana.train_gemma,
+    "sana_encode": generator_sana.train_encode,
+    "transformer": generator_sana.train_transformer,
 }
 
-
-STEPS = {"vae": 5600, "clip": 1150, "unet": 8000, "classifiers": 9500, "dinov2": 2500, "siglip": 1400}
+STEPS = {"vae": 7000, "clip": 1150, "unet": 9000, "classifiers": 13000, "dinov2": 2500, "siglip": 1400}
+STEPS |= {"sana_vae": 7000, "gemma": 1150, "transformer": 9000}
 
 
 def parse_args(argv=None):
@@ -65,7 +70,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--steps", type=json.loads, default={}, metavar="JSON", help=f"other lengths than {json.dumps(STEPS)}"
     )
-    parser.add_argument("--encode", nargs="+", default=["latents", "captions"], help="what the encode stage makes")
+    parser.add_argument(
+        "--encode", nargs="+", default=["latents", "things", "captions"], help="what the encode stage makes"
+    )
     parser.add_argument("--batch", type=int, default=64, help="the UNet's batch, per process")
     parser.add_argument(
         "--export_only", action="store_true", help="write the folders from the checkpoints as they are"

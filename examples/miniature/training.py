@@ -141,8 +141,8 @@ def save_half(model, folder):
 # 3. Pictures
 
 # First seed and number of pictures. The autoencoded ones are the first of the classifiers', with its blur.
-RENDERED = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 40_000)}
-SPLITS = RENDERED | {"autoencoded": (20_000_000, 8_000)}
+RENDERED = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 100_000)}
+SPLITS = RENDERED | {"autoencoded": (20_000_000, 30_000)}
 
 
 def render_split(split, args):
@@ -294,6 +294,21 @@ def captions_of(seeds, rng, hard=0):
     for s, v in list(zip(seeds, variants, strict=False))[:hard]:
         texts.append(world.caption(confused(world.sample_scene(int(s)), rng), int(s) * 1000 + int(v))[0])
     return texts
+
+
+def caption_batch(split, rng, size, args, hard=32):
+    """A shuffled batch with captions, those of `hard` confused scenes last, to be told apart.
+
+    Returns seeds, pictures, texts, and a mask (pictures x texts) of the confused ones that came out word for word the same.
+    """
+    seeds, pictures = batch_of(split, rng, size, args)
+    order = rng.permutation(size)
+    seeds, pictures = seeds[order], pictures[order]
+    texts = captions_of(seeds, rng, hard=hard)
+    same = torch.zeros(size, len(texts), dtype=torch.bool, device=args.device)
+    for i, text in enumerate(texts[size:]):
+        same[i, size + i] = text == texts[i]
+    return seeds, pictures, texts, same
 
 
 def fray(ids, rng):

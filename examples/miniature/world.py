@@ -589,11 +589,22 @@ def layout(scene, rng):
     return x, y, side, other
 
 
-def render(scene, seed):
-    """The scene as a 64x64 RGB picture. The seed moves things a little; it decides nothing that a caption says."""
+def render(scene, seed, empty=False):
+    """The scene as a 64x64 RGB picture. The seed moves things a little; it decides nothing that a caption says.
+
+    `empty` leaves the place as it is, without what stands in it.
+    """
     rng = generator(seed, "picture")
     canvas = Canvas(scene.style)
     DRAW_PLACE[scene.place](canvas, rng)
+    if not empty:
+        draw_things(canvas, scene, rng)
+    picture = canvas.finish()
+    return _toned(picture, scene.tone) if scene.tone else picture
+
+
+def draw_things(canvas, scene, rng):
+    """Subject, prop and second object, and the subject's shadow."""
     x, y, side, other = layout(scene, rng)
     r = SIZES[scene.subject.size]
     colour = canvas.near(COLOURS[scene.prop_colour]) if scene.prop else None
@@ -606,8 +617,6 @@ def render(scene, seed):
         _hat(canvas, colour, x, y, r, side)
     if other:
         draw_other(canvas, *scene.other, *other)
-    picture = canvas.finish()
-    return _toned(picture, scene.tone) if scene.tone else picture
 
 
 def _toned(picture, tone):
