@@ -373,7 +373,6 @@ def train_unet(args):
         return torch.from_numpy(array.astype(np.float32)).to(args.device)
 
     def loss_of(step, rng):
-        torch.manual_seed(int(rng.integers(2**62)))
         index, which = rng.integers(0, len(latents), args.batch), rng.integers(0, CAPTIONS, args.batch)
         mean, std = tensor(latents[index]).unbind(1)
         clean = mean + std * torch.randn_like(mean)

@@ -59,7 +59,6 @@ def train_autoencoder(args):
     autoencoder = new_autoencoder().to(args.device)
 
     def loss_of(step, rng):
-        torch.manual_seed(int(rng.integers(2**62)))
         _, pictures = batch_of("generator", rng, 16 if step % 5 else 4, args)
         pictures = crops(pictures, rng) if step % 5 else pictures
         latents = autoencoder.encode(pictures).latent
@@ -219,7 +218,6 @@ def train_transformer(args):
         return torch.from_numpy(array.astype(np.float32)).to(args.device)
 
     def loss_of(step, rng):
-        torch.manual_seed(int(rng.integers(2**62)))
         index, which = rng.integers(0, len(latents), args.batch), rng.integers(0, CAPTIONS, args.batch)
         clean, context, length = tensor(latents[index]), tensor(contexts[index, which]), tensor(lengths[index, which])
         # One caption in ten is dropped as SanaPipeline drops it: the empty prompt, which is its first token alone.

@@ -43,8 +43,10 @@ def fit(name, model, loss_of, args, lr, ema=0.0, weight_decay=0.01, groups=None)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule(step, steps)
+        rng = world.generator(args.seed, name, step, rank())
+        torch.manual_seed(int(rng.integers(2**62)))
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
-            loss, figures = loss_of(step, world.generator(args.seed, name, step, rank()))
+            loss, figures = loss_of(step, rng)
         loss.backward()
         average_gradients(model)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
