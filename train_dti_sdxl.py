@@ -700,8 +700,6 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
     except Exception as error:  # `datasets` raises many kinds, from its builders and from the network
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}") from None
-    if not len(data):
-        raise UserError(f"--dataset_name {args.dataset_name} has no rows in its split `train`.")
     wanted = {"image": args.image_column} | ({"caption": args.caption_column} if args.caption_column else {})
     for option, column in wanted.items():
         if column not in data.column_names:
