@@ -1,5 +1,6 @@
 """The main job end to end: what is learned, what is left alone, and that a stock pipeline does with the files what training did."""
 
+import argparse
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -429,3 +431,23 @@ def test_reports_what_it_left_out(train, monkeypatch, caplog):
         out = train(max_train_steps=3)
     assert "6 updates of a vector were left out" in caplog.text
     assert all(rows.isfinite().all() for rows in embeddings(out))
+
+
+class OnDevice:
+    """A model that only knows where it is."""
+
+    def __init__(self):
+        self.device = torch.device("cuda")
+
+    def to(self, device) -> None:
+        self.device = torch.device(device)
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_with_gradient_checkpointing_the_vae_decodes_alone(saving):
+    models = SimpleNamespace(vae=OnDevice(), unet=OnDevice(), text_encoders=[OnDevice(), OnDevice()])
+    others = [models.unet, *models.text_encoders]
+    with script.room_for_vae(models, argparse.Namespace(gradient_checkpointing=saving)):
+        assert models.vae.device.type == "cuda"
+        assert {model.device.type for model in others} == {"cpu" if saving else "cuda"}
+    assert {model.device.type for model in others} == {"cuda"}

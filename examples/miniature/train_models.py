@@ -5,20 +5,22 @@
     torchrun --nproc_per_node 2 train_models.py --stages unet # one stage over several processes
 
 Every model is of a stock class and is written in the stock format, fp16 safetensors, beside this file: `sdxl/`
-(StableDiffusionXLPipeline), `siglip/`, `dinov2/` and `classifiers/`. Runs are seeded and resumable: interrupt and
+(StableDiffusionXLPipeline), `sana/`, `siglip/`, `dinov2/` and `classifiers/`. Runs are seeded and resumable: interrupt and
 start again as often as you like; `--runs_dir` holds data and checkpoints. CPU or GPU.
 
 What each stage makes, and from what:
     data        pictures of three seed ranges: generator, judges and classifiers never share one
     vae         AutoencoderKL, 64x64 pixels to 16x16 latents of 8 channels
     clip        two CLIP text encoders and their tokenizers, contrastively against pictures, then frozen
-    encode      latents and text embeddings of the generator's pictures and captions, once
+    encode      latents and text embeddings of the generator's pictures and captions, and where their things are, once
     unet        UNet2DConditionModel with SDXL's added conditions, by predicting noise
     classifiers one small convolutional net that reads every attribute off a picture
     dinov2      Dinov2Model, whose class feature tells subjects apart
     siglip      SiglipModel, pictures against captions
+    sana_vae, gemma, sana_encode, transformer
+                the same for a generator in SANA's format, `sana/` (SanaPipeline), on the same pictures
 
-`world.py` draws the pictures, `training.py` holds the loop, `generator.py` and `judges.py` the models.
+`world.py` draws the pictures, `training.py` holds the loop, `generator.py`, `generator_sana.py` and `judges.py` the models.
 """
 
 import argparse
