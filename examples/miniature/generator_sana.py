@@ -16,9 +16,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from generator import CAPTIONS, TEXT_LENGTH, contrast, crops, parts, shared_array, update_size
+from generator import CAPTIONS, RELATION_COUNTS, TEXT_LENGTH, contrast, crops, parts, shared_array, update_size
 from torch import nn
-from training import SPLITS, PictureTower, batch_of, caption_batch, fit, pictures_of, psnr, rank, save_half, to_tensor
+from training import (
+    SPLITS,
+    AttributeHeads,
+    PictureTower,
+    accuracy,
+    batch_of,
+    caption_batch,
+    fit,
+    label_ids,
+    pictures_of,
+    psnr,
+    rank,
+    save_half,
+    to_tensor,
+)  # fmt: skip
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -117,15 +131,20 @@ class GemmaPretraining(nn.Module):
         super().__init__()
         self.gemma, self.project = new_gemma(vocabulary), nn.Linear(TEXT_WIDTH, 128, bias=False)
         self.tower, self.scale = PictureTower(32, 128), nn.Parameter(torch.tensor(math.log(10.0)))
+        self.heads = nn.ModuleList((AttributeHeads(128), AttributeHeads(128)))  # as in the first generator
 
-    def forward(self, pictures, ids, mask, same):
+    def forward(self, pictures, ids, mask, same, seen, stated):
         output = self.gemma(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         weights = mask[..., None].float()
         text = self.project((output.last_hidden_state.float() * weights).sum(1) / weights.sum(1))
         # The last of the states comes after the final norm: it is no block's update.
         growth = update_size(output.hidden_states[:-1], norm=TEXT_WIDTH**0.5)
-        loss, hits = contrast(self.tower(pictures).float(), text, self.scale, same)
-        return loss + 0.02 * growth, hits, growth
+        look = self.tower(pictures).float()
+        loss, hits = contrast(look, text, self.scale, same)
+        named = zip(self.heads, (look, text), (seen, stated), strict=True)
+        attributes = sum(heads.loss(*pair, RELATION_COUNTS) for heads, *pair in named)
+        bound = accuracy(self.heads[1], text, stated).get("relation", 0.0)
+        return loss + attributes + 0.02 * growth, {"hits": hits, "updates": growth, "relation": bound}
 
 
 def train_gemma(args):
@@ -135,10 +154,10 @@ def train_gemma(args):
     model = GemmaPretraining(len(tokenizer)).to(args.device)
 
     def loss_of(step, rng):
-        _, pictures, texts, same = caption_batch("generator", rng, 96, args)
+        seeds, pictures, texts, same, stated = caption_batch("generator", rng, 96, args)
+        seen = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
         inputs = tokenizer(texts, padding=True, return_tensors="pt").to(args.device)
-        loss, hits, growth = model(pictures, inputs.input_ids, inputs.attention_mask, same)
-        return loss, {"hits": hits, "updates": growth}
+        return model(pictures, inputs.input_ids, inputs.attention_mask, same, seen, stated)
 
     fit("gemma", model, loss_of, args, lr=1e-3, ema=0.995)
     folder = args.output_dir / "sana" / "text_encoder"

@@ -5,7 +5,7 @@ All are trained on seed ranges of their own, apart from the generator's and from
     classifiers = judges.load_classifiers()
     classifiers.read(pictures)      # a dict from attribute to word for each PIL picture
 
-Sections: 1 attributes, 2 SigLIP, 3 DINOv2, 4 classifiers.
+Sections: 1 disturbed pictures, 2 SigLIP, 3 DINOv2, 4 classifiers.
 """
 
 import json
@@ -19,11 +19,14 @@ import world
 from torch import nn
 from training import (
     SPLITS,
+    AttributeHeads,
     PictureTower,
+    accuracy,
     batch_of,
     caption_batch,
     fit,
     fray,
+    label_ids,
     new_tokenizer,
     pad_ids,
     pictures_of,
@@ -39,43 +42,11 @@ HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Attributes
-
-
-class AttributeHeads(nn.Module):
-    """One linear layer for all attributes; `loss` sums their cross-entropies, `read` gives the labels."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.linear = nn.Linear(width, sum(len(v) for v in world.LABELS.values()))
-
-    def split(self, features):
-        return dict(
-            zip(
-                world.LABELS,
-                self.linear(features).float().split([len(v) for v in world.LABELS.values()], dim=-1),
-                strict=False,
-            )
-        )
-
-    def loss(self, features, targets, weights=None):
-        parts = self.split(features)
-        losses = {k: F.cross_entropy(parts[k], targets[:, i]) for i, k in enumerate(world.LABELS)}
-        return sum((weights or {}).get(k, 1.0) * v for k, v in losses.items()) / len(losses)
-
-
-def label_ids(scenes, device):
-    rows = [[world.LABELS[k].index(v) for k, v in world.attributes(s).items()] for s in scenes]
-    return torch.tensor(rows, device=device)
-
-
-def accuracy(heads, features, targets):
-    parts = heads.split(features)
-    return {k: float((parts[k].argmax(-1) == targets[:, i]).float().mean()) for i, k in enumerate(world.LABELS)}
+# 1. Pictures as a generator may draw them
 
 
 def disturb(pictures, rng):
-    """Pictures as a generator may draw them: a little blurred, noisy, lighter or darker."""
+    """A little blurred, noisy, lighter or darker."""
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
     draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
     blur, grain, light = torch.rand(3, len(pictures), 1, 1, 1, generator=draw).to(pictures.device)
@@ -126,7 +97,7 @@ def train_siglip(args):
     training, tokenizer = SiglipTraining().to(args.device), new_tokenizer(length=64)
 
     def loss_of(step, rng):
-        seeds, pictures, texts, same = caption_batch("judges", rng, 64, args)
+        seeds, pictures, texts, same, _ = caption_batch("judges", rng, 64, args)
         rows = [fray(row, rng) if rng.random() < 0.3 else row for row in tokenizer(texts).input_ids]
         ids = pad_ids([row[:64] for row in rows], tokenizer.pad_token_id, 64).to(args.device)
         targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)

@@ -2,7 +2,8 @@
 
 `fit` is the loop for every model: seeded, resumable, with averaged weights and gradients averaged over processes.
 
-Sections: 1 the training loop, 2 checkpoints and progress, 3 pictures, 4 tokenizer, 5 captions, 6 a picture net.
+Sections: 1 the training loop, 2 checkpoints and progress, 3 pictures, 4 tokenizer, 5 captions, 6 attributes, 7 a
+picture net.
 """
 
 import copy
@@ -15,6 +16,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import world
 from torch import nn
 
@@ -287,30 +289,32 @@ def confused(scene, rng):
 
 
 def captions_of(seeds, rng, hard=0):
-    """A caption for each seed and, for the first `hard`, one of a confused scene in the same wording."""
-    variants = rng.integers(0, 1000, len(seeds))
-    texts = [
-        world.caption(world.sample_scene(int(s)), int(s) * 1000 + int(v))[0]
-        for s, v in zip(seeds, variants, strict=False)
-    ]
-    for s, v in list(zip(seeds, variants, strict=False))[:hard]:
-        texts.append(world.caption(confused(world.sample_scene(int(s)), rng), int(s) * 1000 + int(v))[0])
-    return texts
+    """A caption for each seed and, for the first `hard`, one of a confused scene in the same wording.
+
+    Returns the texts and what they state: labels (texts, attributes), UNSTATED where a text leaves an attribute out.
+    """
+    wordings = [int(s) * 1000 + int(v) for s, v in zip(seeds, rng.integers(0, 1000, len(seeds)), strict=True)]
+    scenes = [world.sample_scene(int(s)) for s in seeds]
+    scenes += [confused(scene, rng) for scene in scenes[:hard]]
+    captions = [world.caption(*pair) for pair in zip(scenes, wordings + wordings[:hard], strict=True)]
+    texts, stated = zip(*captions, strict=True)
+    return list(texts), label_ids(scenes, "cpu", stated)
 
 
 def caption_batch(split, rng, size, args, hard=32):
     """A shuffled batch with captions, those of `hard` confused scenes last, to be told apart.
 
-    Returns seeds, pictures, texts, and a mask (pictures x texts) of the confused ones that came out word for word the same.
+    Returns seeds, pictures, texts, a mask (pictures x texts) of the confused ones that came out word for word the same,
+    and what each text states, as labels (texts x attributes).
     """
     seeds, pictures = batch_of(split, rng, size, args)
     order = rng.permutation(size)
     seeds, pictures = seeds[order], pictures[order]
-    texts = captions_of(seeds, rng, hard=hard)
+    texts, labels = captions_of(seeds, rng, hard=hard)
     same = torch.zeros(size, len(texts), dtype=torch.bool, device=args.device)
     for i, text in enumerate(texts[size:]):
         same[i, size + i] = text == texts[i]
-    return seeds, pictures, texts, same
+    return seeds, pictures, texts, same, labels.to(args.device)
 
 
 def fray(ids, rng):
@@ -335,7 +339,50 @@ def pad_ids(rows, pad, length=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. A picture net
+# 6. Attributes
+
+UNSTATED = -100  # the label of what a caption does not say; cross_entropy leaves it out
+
+
+class AttributeHeads(nn.Module):
+    """One linear layer for all attributes; `loss` averages their cross-entropies over what is stated."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, sum(len(v) for v in world.LABELS.values()))
+
+    def split(self, features):
+        sizes = [len(v) for v in world.LABELS.values()]
+        return dict(zip(world.LABELS, self.linear(features).float().split(sizes, dim=-1), strict=True))
+
+    def loss(self, features, targets, weights=None):
+        total = 0.0
+        for (key, part), target in zip(self.split(features).items(), targets.T, strict=True):
+            error = F.cross_entropy(part, target, ignore_index=UNSTATED, reduction="sum")
+            total = total + (weights or {}).get(key, 1.0) * error / (target != UNSTATED).sum().clamp(min=1)
+        return total / len(world.LABELS)
+
+
+def label_ids(scenes, device, stated=None):
+    """Every scene's attributes as classes (scenes, attributes); with `stated`, only those that its caption says."""
+    rows = [[world.LABELS[k].index(v) for k, v in world.attributes(s).items()] for s in scenes]
+    if stated is not None:
+        rows = [
+            [i if k in said else UNSTATED for k, i in zip(world.LABELS, row, strict=True)]
+            for row, said in zip(rows, stated, strict=True)
+        ]
+    return torch.tensor(rows, device=device)
+
+
+def accuracy(heads, features, targets):
+    """{attribute: share right among the stated}; an attribute that nothing states is left out."""
+    parts = heads.split(features)
+    right = {k: (parts[k].argmax(-1) == targets[:, i])[targets[:, i] != UNSTATED] for i, k in enumerate(world.LABELS)}
+    return {k: float(v.float().mean()) for k, v in right.items() if len(v)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. A picture net
 
 
 class PictureTower(nn.Module):
