@@ -38,6 +38,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import re
 import shlex
@@ -753,7 +754,8 @@ def measure(job: Job) -> dict:
     imports = time.time() - job.spawned if job.spawned else time.perf_counter() - begin
     observer = Observer(script, job.phases)
     weights = random_weights(script) if job.weights == "memory" else contextlib.nullcontext()
-    shutil.rmtree(job.output, ignore_errors=True)
+    if is_first_process():
+        shutil.rmtree(job.output, ignore_errors=True)
     row = {"status": "measured", "imports_seconds": imports}
     try:
         with weights, observer.looking():
@@ -801,7 +803,14 @@ def run_job(path: Path) -> None:
         with random_weights(script) if job.weights == "memory" else contextlib.nullcontext():
             script.main(job.arguments())
         return
-    write_files({path.with_name("result.json"): json.dumps(measure(job)).encode()})
+    row = measure(job)
+    if is_first_process():
+        write_files({path.with_name("result.json"): json.dumps(row).encode()})
+
+
+def is_first_process() -> bool:
+    """Of those that a launcher has started for one row."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
