@@ -58,7 +58,8 @@ def load_script(path: Path):
 def load_models_once(script) -> None:
     """Let the script's `load_models` give the same models again where they would be the same.
 
-    The last subject's new word and adapters are taken off them before.
+    The last subject's new word and adapters are taken off them before. In half precision, `--init contextual` finds the
+    encoders' other weights rounded, where a run by itself has them in float32.
     """
     load, kept = script.load_models, {}
 
@@ -70,9 +71,12 @@ def load_models_once(script) -> None:
             kept.clear()  # one set of models at a time
             models = kept[key] = load(args, tokenizers, dtype)
             models.vocabularies = [encoder.get_input_embeddings() for encoder in models.text_encoders]
+            models.rows = [vocabulary.weight.data for vocabulary in models.vocabularies]
         models = kept[key]
-        for encoder, vocabulary in zip(models.text_encoders, models.vocabularies, strict=True):
+        for encoder, vocabulary, rows in zip(models.text_encoders, models.vocabularies, models.rows, strict=True):
             encoder.set_input_embeddings(vocabulary)
+            encoder.float()  # as they are loaded; only the vocabulary's rows get their lost digits back
+            vocabulary.weight.data = rows.to(vocabulary.weight.device)
         denoiser = getattr(models, script.DENOISER)
         if hasattr(denoiser, "peft_config"):
             denoiser.unload_lora()

@@ -15,7 +15,9 @@ def test_one_quantity_grows_at_a_time():
     args = growth.parse_args(["--size", "small", "--vectors", "4", "1"])
     rows = growth.rows_of("vectors", args)
     assert list(rows) == [1, 4]
-    assert [(row.batch, row.resolution, row.photographs, row.processes) for row in rows.values()] == [(4, 64, 5, 1)] * 2
+    assert [(row.batch, row.resolution, row.photographs, row.processes) for row in rows.values()] == [
+        (4, 64, 5, 1)
+    ] * 2
     assert rows[1] == growth.rows_of("batch", args)[4]  # the same row, which is measured once
 
 

@@ -24,12 +24,12 @@ def many(small, tmp_path):
     """Runs the example on four subjects, one of them with no photographs, and returns the finished process."""
     (tmp_path / "subjects.csv").write_text(ROWS.format(photos=small / "photos"))
 
-    def run(launcher: str, family: str = "sdxl") -> subprocess.CompletedProcess:
+    def run(launcher: str, family: str = "sdxl", more: str = "") -> subprocess.CompletedProcess:
         options = (
             f"--script {ROOT}/train_dti_{family}.py --subjects {tmp_path}/subjects.csv --output_dir {tmp_path}/many"
         )
         options += f" --pretrained_model_name_or_path {small}/{family} --resolution 64 --max_train_steps 3 --seed 0"
-        options += " --train_batch_size 2 --report_to none --rank 2 --lora_learning_rate 0.01"
+        options += f" --train_batch_size 2 --report_to none --rank 2 --lora_learning_rate 0.01 {more}"
         return subprocess.run(
             [sys.executable, *launcher.split(), str(ROOT / "examples" / "train_many.py"), *options.split()],
             capture_output=True,
@@ -61,6 +61,13 @@ def test_every_subject_is_as_if_trained_alone(many, train, tmp_path, family):
     again = many("", family)
     assert again.stdout.count("finished before") == 3 + 3 and "Loading weights" not in again.stderr
     assert (tmp_path / "many" / "dog" / "learned_embeds.safetensors").stat().st_mtime_ns == written
+
+
+def test_in_half_precision_too_the_second_subject_begins_at_the_rows_that_were_loaded(many, train, tmp_path):
+    many("", more="--mixed_precision bf16")
+    options = {"placeholder_token": "<my-toy>", "initializer_token": "stuffed animal", "mixed_precision": "bf16"}
+    alone = train(max_train_steps=3, **options, **LORA)
+    assert results(tmp_path / "many" / "toy") == results(alone)
 
 
 def test_two_processes_share_the_subjects_and_one_tells_of_all(many, tmp_path):
