@@ -62,7 +62,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
     add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0, 1, 2, 3], help="Pictures of each prompt. Paper: four.")
     add("--prompts", default="world", help="As evaluate.py has them.")
-    add("--mixed_precision", choices=["no", "bf16"], default="no", help="Of the trainings and the pictures; scores are in fp32. Some processors multiply bf16 matrices far faster.")
+    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
     add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Processes at a time. Default: one a core, one on a GPU.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
@@ -199,7 +199,6 @@ def training_command(item: Run, args: argparse.Namespace, mean: float) -> list[s
         "resolution": miniature("world").SIZE,
         "max_train_steps": args.max_train_steps,
         "train_batch_size": args.train_batch_size,
-        "mixed_precision": args.mixed_precision,
         "seed": item.seed,
         "report_to": "none",
         "resume_from_checkpoint": "latest",
@@ -234,13 +233,17 @@ def in_parallel(tasks: list, work, jobs: int, what: str) -> None:
             raise
 
 
-def train_all(runs: list[Run], args: argparse.Namespace) -> None:
+def write_photographs(runs: list[Run], args: argparse.Namespace) -> None:
     world = miniature("world")
     for name in dict.fromkeys(item.concept for item in runs):
         folder = args.output_dir / "concepts" / name
         folder.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(world.instance_pictures(world.CONCEPTS[name])):
             picture.save(folder / f"{number}.png")
+
+
+def train_all(runs: list[Run], args: argparse.Namespace) -> None:
+    write_photographs(runs, args)
     means = [m["mean"] for m in magnitudes(str(args.models / "sdxl")).values()]
     missing = [item for item in runs if not (item.folder(args) / "learned_embeds.safetensors").is_file()]
 
@@ -314,7 +317,7 @@ def evaluate_concept(task: tuple[Setting, str, list[Run]], args: argparse.Namesp
         "pooling": setting.pooling,
         "num_inference_steps": args.num_inference_steps,
         "batch_size": 40,
-        "dtype": {"no": "fp32", "bf16": "bf16"}[args.mixed_precision],
+        "dtype": args.dtype,
         "device": args.device,
     }
     command = [sys.executable, str(EXAMPLES / "evaluate.py")]
@@ -422,8 +425,7 @@ def facts_of(args: argparse.Namespace) -> dict[str, str]:
         "machine": f"{machine}, {platform.machine()}",
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}",
         "training": f"{args.max_train_steps} steps, batch {args.train_batch_size}",
-        "mixed precision": args.mixed_precision,
-        "sampling": f"{args.num_inference_steps} DDIM steps, {len(args.picture_seeds)} seeds",
+        "sampling": f"{args.num_inference_steps} DDIM steps, {len(args.picture_seeds)} seeds, dtype {args.dtype}",
     }
 
 

@@ -47,7 +47,6 @@ def test_every_training_is_one_that_the_script_understands(models, tmp_path):
     assert parsed["m* 10 x mean"].magnitude == pytest.approx(4.0)
     assert parsed["TI"].magnitude == "free" and parsed["TI"].optimizer == "adamw" and parsed["TI"].kappa == 0
     assert parsed["DTI"].kappa == 1e-4 and parsed["DTI"].learning_rate == 5e-3 and parsed["DTI"].pooling == "stock"
-    assert all(given.mixed_precision == "no" for given in parsed.values())
     assert parsed["CrossInit"].init == "contextual" and parsed["CrossInit"].reg_weight == 1e-5
 
 

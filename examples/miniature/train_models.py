@@ -58,7 +58,7 @@ STAGES = {
     "transformer": generator_sana.train_transformer,
 }
 
-STEPS = {"vae": 7000, "clip": 1150, "unet": 9000, "classifiers": 13000, "dinov2": 2500, "siglip": 1400}
+STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 13000, "dinov2": 2500, "siglip": 1400}
 STEPS |= {"sana_vae": 7000, "gemma": 1150, "transformer": 9000}
 
 
