@@ -1,0 +1,266 @@
+#!/usr/bin/env python
+"""Sweep steps, learning rate and schedule in the miniature world: which settings learn a subject best in how many steps?
+
+    python examples/sweep.py --output_dir sweep
+    python examples/sweep.py --output_dir sweep --steps 60 --learning_rates 0.08 0.16 --schedules linear \
+      --variants "plain=" "batch 8=--train_batch_size=8"
+
+Every combination is trained on each concept from each seed by train_many.py, that is by train_dti_sdxl.py with the models
+loaded once, beside the paper's setting (500 steps at 5e-3, constant). evaluate.py scores them: the subject by the image score
+at the first guidance scale, the prompts by the share of attributes that are right at the last one, where the differences
+are larger. What is finished is not done again, so that a coarse sweep can be refined.
+
+Written to --output_dir: `report.md` and `report.json` with every setting's scores and its differences from the paper's,
+and `fronts.png`, image against text for each number of steps.
+
+Sections: 1 options, 2 settings, 3 training, 4 report, 5 main.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from evaluate import cell, interval, markdown_table
+from export import UserError, make_parser, run, write_files
+from generate import number as at_least
+from reproduce import (
+    EXAMPLES,
+    SCRIPT,
+    Method,
+    Run,
+    check_models,
+    concept_means,
+    evaluate_all,
+    facts_of,
+    miniature,
+    paired,
+    write_photographs,
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def named_options(text: str) -> tuple[str, str]:
+    name, equals, options = text.partition("=")
+    if not equals or not all(word.startswith("--") and "=" in word for word in options.split()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=OPTIONS, such as 'batch 8=--train_batch_size=8'")
+    return name, options
+
+
+# fmt: off
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
+    add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with sdxl, siglip, dinov2 and classifiers.")
+    add("--steps", type=at_least(int, 1), nargs="+", default=[30, 60, 125, 250, 500])
+    add("--learning_rates", type=at_least(float, 0), nargs="+", default=[0.005, 0.02, 0.08, 0.16, 0.32])
+    add("--schedules", nargs="+", default=["constant", "linear", "cosine"], help="Of --lr_scheduler.")
+    add("--variants", type=named_options, nargs="+", default=[("", "")], metavar="NAME=OPTIONS", help="Further options of the script as --OPTION=VALUE, each with every combination.")
+    add("--concepts", type=at_least(int, 2), default=4)
+    add("--seeds", type=at_least(int, 1), default=3, help="Training seeds.")
+    add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
+    add("--guidance_scales", type=at_least(float, 0), nargs=2, default=[5.0, 1.5], help="For the image score, and for the attributes.")
+    add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
+    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Pictures of each prompt.")
+    add("--prompts", default="world", help="As evaluate.py has them.")
+    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
+    add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Processes at a time. Default: one a core, one on a GPU.")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked. Raises UserError."""
+    args = command_line().parse_args(argv)
+    check_models(args.models)
+    available = sum(concept.subject is not None for concept in miniature("world").CONCEPTS.values())
+    if args.concepts > available:
+        raise UserError(f"--concepts {args.concepts}: the world has {available} subjects among its concepts.")
+    args.max_train_steps, args.ablation_concepts = 500, 0  # the paper's, which each setting replaces; no stock pooling
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+PAPER = Method(
+    "paper: 500 steps, 0.005 constant", "--max_train_steps=500 --learning_rate=0.005 --lr_scheduler=constant"
+)
+
+
+def settings_of(args: argparse.Namespace) -> dict[Method, int]:
+    """Every setting as reproduce.py's method, with its number of steps; the paper's first."""
+    found = {PAPER: 500}
+    grid = itertools.product(args.steps, args.learning_rates, args.schedules, args.variants)
+    for steps, rate, schedule, (variant, options) in grid:
+        name = f"{steps} steps, {rate:g} {schedule}" + (f", {variant}" if variant else "")
+        words = f"--max_train_steps={steps} --learning_rate={rate} --lr_scheduler={schedule} {options}"
+        found[Method(name, words.strip())] = steps
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def subject_row(item: Run, args: argparse.Namespace) -> dict[str, str]:
+    """A run as train_many.py has it: its name, and the script's options for it alone."""
+    row = {
+        "name": item.folder(args).relative_to(args.output_dir / "runs"),
+        "instance_data_dir": args.output_dir / "concepts" / item.concept,
+        "placeholder_token": f"<{item.concept}>",
+        "initializer_token": miniature("world").CONCEPTS[item.concept].initializer,
+        "seed": item.seed,
+    }
+    words = [word.removeprefix("--").split("=", 1) for word in item.method.options.split()]
+    return {k: str(v) for k, v in row.items()} | dict(words)
+
+
+def train(runs: list[Run], args: argparse.Namespace) -> None:
+    """Train what is not finished, the runs shared by --jobs processes. Raises UserError."""
+    write_photographs(runs, args)
+    write_files({args.output_dir / "runs.json": json.dumps([subject_row(item, args) for item in runs]).encode()})
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.jobs)]
+    options = {
+        "script": SCRIPT,
+        "subjects": args.output_dir / "runs.json",
+        "output_dir": args.output_dir / "runs",
+        "pretrained_model_name_or_path": args.models / "sdxl",
+        "resolution": miniature("world").SIZE,
+        "train_batch_size": args.train_batch_size,
+        "report_to": "none",
+    }
+    command += [str(EXAMPLES / "train_many.py"), *(f"--{name}={value}" for name, value in options.items())]
+    log = args.output_dir / "train.log"
+    print(f"{len(runs)} runs; {log} tells how far they are", flush=True)
+    with log.open("wb") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if result.returncode:
+        raise UserError(f"train_many.py: a run failed; which one and why is in {log}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scores(strong: list[dict], weak: list[dict], method: str) -> dict:
+    """The two scores of a setting, and their differences from the paper's, with intervals over the concepts."""
+    image, said = (interval(concept_means(r, method, m).values()) for r, m in ((strong, "image"), (weak, "said")))
+    differences = {m: paired(r, m, method, PAPER.name) for r, m in ((strong, "image"), (weak, "said"))}
+    return {"setting": method, "image": image, "said": said, "differences": differences}
+
+
+def on_front(row: dict, rows: list[dict]) -> bool:
+    """Whether no other setting is better by both scores."""
+    pairs = [(other["image"]["mean"], other["said"]["mean"]) for other in rows if other is not row]
+    mine = (row["image"]["mean"], row["said"]["mean"])
+    return not any(a >= mine[0] and b >= mine[1] and (a, b) != mine for a, b in pairs)
+
+
+def verdict(differences: dict) -> str:
+    """Better by one score and not worse by the other, as far as the intervals tell."""
+    if any(d["low"] is None for d in differences.values()):
+        return ""
+    if any(d["high"] < 0 for d in differences.values()):
+        return "worse in " + " and ".join(name for name, d in differences.items() if d["high"] < 0)
+    better = [name for name, d in differences.items() if d["low"] > 0]
+    return f"**better in {' and '.join(better)}**" if better else ""
+
+
+def draw_fronts(rows: dict[int, list[dict]], paper: dict) -> bytes:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for number, (steps, mine) in enumerate(rows.items()):
+        front = sorted((row for row in mine if on_front(row, mine)), key=lambda row: row["said"]["mean"])
+        axes.scatter(
+            *zip(*((r["said"]["mean"], r["image"]["mean"]) for r in mine), strict=True),
+            s=10,
+            color=f"C{number}",
+            alpha=0.4,
+        )
+        axes.plot(
+            *zip(*((r["said"]["mean"], r["image"]["mean"]) for r in front), strict=True),
+            "o-",
+            color=f"C{number}",
+            label=f"{steps} steps",
+        )
+    axes.plot(paper["said"]["mean"], paper["image"]["mean"], "k*", markersize=12, label="paper's setting, 500 steps")
+    axes.set(xlabel="attributes of the prompt that are right", ylabel="image score")
+    axes.legend()
+    figure.savefig(content := io.BytesIO(), format="png", dpi=120)
+    plt.close(figure)
+    return content.getvalue()
+
+
+def write_report(records: dict[str, list[dict]], settings: dict[Method, int], args: argparse.Namespace) -> Path:
+    strong, weak = (records[f"guidance-{scale:g}"] for scale in args.guidance_scales)
+    rows = {method: scores(strong, weak, method.name) for method in settings}
+    paper = rows.pop(PAPER)
+    by_steps = {n: [row for m, row in rows.items() if settings[m] == n] for n in args.steps}
+    parts = [
+        "# Steps, learning rate and schedule in miniature",
+        "",
+        *(f"- {k}: {v}" for k, v in facts_of(args).items()),
+    ]
+    parts += [
+        "",
+        f"Image score at guidance {args.guidance_scales[0]:g}, attributes right at {args.guidance_scales[1]:g};",
+    ]
+    parts += ["95% intervals over concepts, differences from the paper's setting paired by concept.", ""]
+    names = ["setting", "image", "attributes", "difference in image", "in attributes", "against the paper's", "front"]
+    for steps, mine in [(500, [paper]), *by_steps.items()]:
+        table = [
+            [
+                row["setting"],
+                *(cell(row[name]) for name in ("image", "said")),
+                *(cell(d, "+") if row is not paper else "" for d in row["differences"].values()),
+                verdict(row["differences"]) if row is not paper else "",
+                "x" if on_front(row, mine) and row is not paper else "",
+            ]
+            for row in sorted(mine, key=lambda row: -row["image"]["mean"])
+        ]
+        parts += [f"## {'The paper' if mine == [paper] else f'{steps} steps'}", "", markdown_table(names, table), ""]
+    parts += ["![image against text by number of steps](fronts.png)", ""]
+    content = json.dumps({"facts": facts_of(args), "settings": [paper, *rows.values()]}, indent=1) + "\n"
+    files = {"report.md": "\n".join(parts).encode(), "report.json": content.encode()}
+    files["fronts.png"] = draw_fronts(by_steps, paper)
+    write_files({args.output_dir / name: data for name, data in files.items()})
+    return args.output_dir / "report.md"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    settings = settings_of(args)
+    concepts = [name for name, concept in miniature("world").CONCEPTS.items() if concept.subject is not None]
+    runs = [Run(m, c, seed) for c in concepts[: args.concepts] for seed in range(args.seeds) for m in settings]
+    train(runs, args)
+    path = write_report(evaluate_all(runs, args), settings, args)
+    print(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,73 @@
+"""examples/sweep.py: which runs it asks for, how it judges settings, and, in the slow test, the whole of it."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from test_reproduce import models  # noqa: F401
+
+
+sys.path.append(str(ROOT / "examples" / "miniature"))
+
+import reproduce  # noqa: E402
+import sweep  # noqa: E402
+
+import train_dti_sdxl as script  # noqa: E402
+
+
+@pytest.fixture
+def options(models, tmp_path):  # noqa: F811
+    return lambda *more: sweep.parse_args(["--models", str(models), "--output_dir", str(tmp_path / "out"), *more])
+
+
+def test_every_setting_is_one_that_the_script_understands(options):
+    grid = "--steps 30 60 --learning_rates 0.08 --schedules constant linear --concepts 2 --seeds 1 --variants".split()
+    args = options(*grid, "=", "batch 8=--train_batch_size=8")
+    settings = sweep.settings_of(args)
+    assert len(settings) == 1 + 2 * 1 * 2 * 2
+    given = {}
+    for method in settings:
+        row = sweep.subject_row(reproduce.Run(method, "zebra_star", 1), args)
+        argv = [f"--{k}={v}" for k, v in row.items() if k != "name"]
+        given[method.name] = script.parse_args([*argv, "--output_dir=x", "--pretrained_model_name_or_path=x"])
+    paper = given[sweep.PAPER.name]
+    assert (paper.max_train_steps, paper.learning_rate, paper.lr_scheduler) == (500, 0.005, "constant")
+    other = given["60 steps, 0.08 linear, batch 8"]
+    assert (other.max_train_steps, other.learning_rate, other.lr_scheduler) == (60, 0.08, "linear")
+    assert other.train_batch_size == 8 and other.seed == 1 and other.placeholder_token == "<zebra_star>"
+
+
+def test_a_variant_that_is_no_option_is_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        options("--variants", "batch 8=--train_batch_size 8")
+    assert "is not NAME=OPTIONS" in capsys.readouterr().err
+
+
+def row(image: float, said: float) -> dict:
+    return {"image": {"mean": image}, "said": {"mean": said}}
+
+
+def test_the_front_has_what_no_other_setting_beats():
+    rows = [row(0.5, 0.9), row(0.6, 0.8), row(0.5, 0.8), row(0.4, 0.95)]
+    assert [sweep.on_front(each, rows) for each in rows] == [True, True, False, True]
+
+
+def test_better_is_better_by_one_score_and_not_worse_by_the_other():
+    up, down, about = {"low": 0.1, "high": 0.3}, {"low": -0.3, "high": -0.1}, {"low": -0.1, "high": 0.1}
+    assert "better in image" in sweep.verdict({"image": up, "said": about})
+    assert "worse in said" in sweep.verdict({"image": up, "said": down})
+    assert sweep.verdict({"image": about, "said": about}) == ""
+
+
+@pytest.mark.slow
+def test_a_small_sweep_trains_scores_and_reports(models, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sweep, "PAPER", reproduce.Method("paper", "--max_train_steps=3"))
+    argv = (
+        "--steps 2 --learning_rates 0.02 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1".split()
+    )
+    sweep.main(["--models", str(models), "--output_dir", str(tmp_path / "out"), *argv])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [setting["setting"] for setting in report["settings"]] == ["paper", "2 steps, 0.02 constant"]
+    assert all(setting["image"]["n"] == setting["said"]["n"] == 2 for setting in report["settings"])
+    assert (tmp_path / "out" / "fronts.png").stat().st_size > 5000
