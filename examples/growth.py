@@ -46,9 +46,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--only", nargs="+", choices=QUANTITIES, default=list(QUANTITIES), help="Quantities to let grow. Default: all.")
     add("--batch", type=at_least(int, 1), nargs="+", default=[1, 2, 4, 8], help="Images a step.")
     add("--resolution", type=at_least(int, 8), nargs="+", default=None, help="Pixels, the first of them for all other quantities. Default: 512 768 1024, small: 64 128 192 256.")
-    add("--photographs", type=at_least(int, 1), nargs="+", default=[1, 5, 20, 80])
-    add("--vectors", type=at_least(int, 1), nargs="+", default=[1, 2, 4, 8])
-    add("--processes", type=at_least(int, 1), nargs="+", default=[1, 2], help="One a GPU, or one a core.")
+    add("--photographs", type=at_least(int, 1), nargs="+", default=[1, 5, 20, 80], help="Photographs.")
+    add("--vectors", type=at_least(int, 1), nargs="+", default=[1, 2, 4, 8], help="Vectors of the new word.")
+    add("--processes", type=at_least(int, 1), nargs="+", default=[1, 2], help="Processes, one a GPU or one a core; on a CPU give each one thread by OMP_NUM_THREADS=1.")
     add("--steps", type=at_least(int, 2), default=20, help="Timed steps of each row. Default: 20.")
     return parser
 # fmt: on
@@ -107,7 +107,7 @@ def launcher(processes: int) -> list[str]:
 
 def measure(row: Row, model: Path, args: argparse.Namespace, base: argparse.Namespace) -> dict:
     """Run a row, or take what an earlier row was. Raises UserError where it fails."""
-    folder = args.work_dir / "runs" / row.name
+    folder = args.work_dir / "runs" / f"{args.model}-{args.size}" / row.name
     if not (folder / "result.json").is_file():
         options = {"resolution": row.resolution, "train_batch_size": row.batch, "num_vectors": row.vectors}
         options["mixed_precision"] = base.mixed_precision[0]

@@ -171,12 +171,8 @@ class ClipPretraining(nn.Module):
         named = zip(self.heads, (look, *texts), (seen, stated, stated), strict=True)
         attributes = sum(heads.loss(*pair, RELATION_COUNTS) for heads, *pair in named)
         bound = accuracy(self.heads[2], texts[1], stated).get("relation", 0.0)
-        return sum(losses) / 2 + attributes + 0.02 * growth, {
-            "first": hits[0],
-            "second": hits[1],
-            "updates": growth,
-            "relation": bound,
-        }
+        figures = {"first": hits[0], "second": hits[1], "updates": growth, "relation": bound}
+        return sum(losses) / 2 + attributes + 0.02 * growth, figures
 
 
 def contrast(look, text, scale, same):
@@ -207,9 +203,8 @@ def train_clip(args):
     def loss_of(step, rng):
         seeds, pictures, texts, same, stated = caption_batch("generator", rng, 96, args)
         seen = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
-        ids = pad_ids([fray(row, rng)[:TEXT_LENGTH] for row in tokenizer(texts).input_ids], tokenizer.pad_token_id).to(
-            args.device
-        )
+        rows = [fray(row, rng)[:TEXT_LENGTH] for row in tokenizer(texts).input_ids]
+        ids = pad_ids(rows, tokenizer.pad_token_id).to(args.device)
         return model(pictures, ids, same, seen, stated)
 
     plain = [p for n, p in model.named_parameters() if "out_proj" not in n and "fc2" not in n]
