@@ -73,10 +73,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
     check_models(args.models)
-    available = sum(concept.subject is not None for concept in miniature("world").CONCEPTS.values())
-    if max(args.concepts, args.ablation_concepts) > available:
-        raise UserError(f"--concepts {args.concepts}: the world has {available} subjects among its concepts.")
+    check_concepts(max(args.concepts, args.ablation_concepts))
     return args
+
+
+def check_concepts(count: int) -> None:
+    """Refuse more concepts than there are. Raises UserError."""
+    available = sum(concept.subject is not None for concept in miniature("world").CONCEPTS.values())
+    if count > available:
+        raise UserError(f"--concepts {count}: the world has {available} subjects among its concepts.")
 
 
 def check_models(folder: Path) -> None:

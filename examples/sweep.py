@@ -34,6 +34,7 @@ from reproduce import (
     SCRIPT,
     Method,
     Run,
+    check_concepts,
     check_models,
     concept_means,
     evaluate_all,
@@ -84,9 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
     check_models(args.models)
-    available = sum(concept.subject is not None for concept in miniature("world").CONCEPTS.values())
-    if args.concepts > available:
-        raise UserError(f"--concepts {args.concepts}: the world has {available} subjects among its concepts.")
+    check_concepts(args.concepts)
     args.max_train_steps, args.ablation_concepts = 500, 0  # the paper's, which each setting replaces; no stock pooling
     return args
 
