@@ -1043,10 +1043,11 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
 class Adapters:
     """LoRA on the denoiser (the paper's Figure 8): float32 beside frozen weights, trained by AdamW."""
 
-    def __init__(self, denoiser: torch.nn.Module, args: argparse.Namespace):
+    def __init__(self, denoiser: torch.nn.Module, args: argparse.Namespace, seed: int):
         self.denoiser, self.start_step = denoiser, args.lora_start_step
         rate = args.lora_learning_rate
         self.description = f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {rate:g}"
+        torch.manual_seed(seed)  # whatever loading the models has drawn
         denoiser.add_adapter(lora_config(args))
         denoiser.train(args.lora_dropout > 0)
         cast_training_params(denoiser)
@@ -2066,7 +2067,7 @@ def main(argv: list[str] | None = None) -> None:
     denoiser = getattr(models, DENOISER).to(device)
 
     # Optimizer and schedule. The learning rate is the option's, whatever the batch.
-    adapters = Adapters(denoiser, args) if args.rank else None
+    adapters = Adapters(denoiser, args, seed) if args.rank else None
     training, first_step = Training(models.tokens, adapters, args, accelerator), 1
     if checkpoint is not None:
         training.resume(checkpoint)

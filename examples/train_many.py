@@ -58,8 +58,8 @@ def load_script(path: Path):
 def load_models_once(script) -> None:
     """Let the script's `load_models` give the same models again where they would be the same.
 
-    The last subject's new word and adapters are taken off them before. In half precision, `--init contextual` finds the
-    encoders' other weights rounded, where a run by itself has them in float32.
+    The last subject's new word and adapters are taken off them before, and they go back to where and to what they were
+    loaded. In half precision, `--init contextual` finds the encoders' other weights rounded all the same.
     """
     load, kept = script.load_models, {}
 
@@ -75,9 +75,10 @@ def load_models_once(script) -> None:
         models = kept[key]
         for encoder, vocabulary, rows in zip(models.text_encoders, models.vocabularies, models.rows, strict=True):
             encoder.set_input_embeddings(vocabulary)
-            encoder.float()  # as they are loaded; only the vocabulary's rows get their lost digits back
-            vocabulary.weight.data = rows.to(vocabulary.weight.device)
-        denoiser = getattr(models, script.DENOISER)
+            encoder.to("cpu", rows.dtype)
+            vocabulary.weight.data = rows  # with the digits that rounding took
+        models.vae.to("cpu")
+        denoiser = getattr(models, script.DENOISER).to("cpu")
         if hasattr(denoiser, "peft_config"):
             denoiser.unload_lora()
             denoiser.eval()

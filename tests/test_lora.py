@@ -106,15 +106,15 @@ def test_in_half_precision_the_adapters_are_float32(train, trainer, models_seen)
 
 
 def test_two_processes_are_one_with_twice_the_batch(launch, train, trainer, tmp_path):
-    run = {"rank": 2, "lora_learning_rate": 0.01, "max_train_steps": 3}
+    # So large an epsilon leaves AdamW the gradient's size; by its sign alone, rounding would decide where it is small.
+    run = {"rank": 2, "lora_learning_rate": 1.0, "adam_epsilon": 1.0, "max_train_steps": 3}
     whole = load_file(train(**run, train_batch_size=2, output_dir=tmp_path / "whole") / FILE)
     halves = launch(launcher="torch.distributed.run --standalone --nproc_per_node 2", **run, train_batch_size=1)
     assert halves.returncode == 0, halves.stderr
     halves = load_file(tmp_path / "out" / FILE)
-    # AdamW divides by the gradient's size, so that where it is nearly nothing its rounding decides.
     for name, rows in whole.items():
         if name.endswith("lora_B.weight"):
-            assert (rows - halves[name]).norm() < 0.15 * rows.norm()
+            assert (rows - halves[name]).norm() < 1e-4 * rows.norm()
 
 
 def scaled_step(scale: float | None, factor: float = 1.0) -> torch.Tensor:

@@ -9,6 +9,9 @@ import pytest
 from conftest import ROOT
 from kill_test import results
 
+import train_dti_sana
+import train_dti_sdxl
+
 
 LORA = {"rank": 2, "lora_learning_rate": 0.01}
 ROWS = """name,instance_data_dir,placeholder_token,initializer_token
@@ -40,8 +43,9 @@ def many(small, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sana"])
-def test_every_subject_is_as_if_trained_alone(many, train, tmp_path, family):
+@pytest.mark.parametrize("trainer", [train_dti_sdxl, train_dti_sana], ids=["sdxl", "sana"])
+def test_every_subject_is_as_if_trained_alone(many, train, trainer, tmp_path):
+    family = trainer.__name__.removeprefix("train_dti_")
     result = many("", family)
     assert result.returncode == 1, result.stderr  # one of them failed
     assert result.stdout.count("Loading") + result.stderr.count("Loading weights: 100%") <= 2  # the encoders, once
@@ -53,9 +57,9 @@ def test_every_subject_is_as_if_trained_alone(many, train, tmp_path, family):
         ("toy", "trained"),
     ]
     assert "none does not exist: give a folder of photographs" in summary
-    if family == "sdxl":  # the second subject has the models of the first, without its word
-        alone = train(placeholder_token="<my-toy>", initializer_token="stuffed animal", max_train_steps=3, **LORA)
-        assert results(tmp_path / "many" / "toy") == results(alone)
+    # The second subject has the models of the first, without its word.
+    alone = train(placeholder_token="<my-toy>", initializer_token="stuffed animal", max_train_steps=3, **LORA)
+    assert results(tmp_path / "many" / "toy") == results(alone)
 
     written = (tmp_path / "many" / "dog" / "learned_embeds.safetensors").stat().st_mtime_ns
     again = many("", family)
@@ -63,8 +67,9 @@ def test_every_subject_is_as_if_trained_alone(many, train, tmp_path, family):
     assert (tmp_path / "many" / "dog" / "learned_embeds.safetensors").stat().st_mtime_ns == written
 
 
-def test_in_half_precision_too_the_second_subject_begins_at_the_rows_that_were_loaded(many, train, tmp_path):
-    many("", more="--mixed_precision bf16")
+@pytest.mark.parametrize("trainer", [train_dti_sdxl, train_dti_sana], ids=["sdxl", "sana"])
+def test_in_half_precision_too_every_subject_begins_at_the_rows_that_were_loaded(many, train, trainer, tmp_path):
+    many("", trainer.__name__.removeprefix("train_dti_"), "--mixed_precision bf16")
     options = {"placeholder_token": "<my-toy>", "initializer_token": "stuffed animal", "mixed_precision": "bf16"}
     alone = train(max_train_steps=3, **options, **LORA)
     assert results(tmp_path / "many" / "toy") == results(alone)
