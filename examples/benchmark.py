@@ -46,6 +46,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -1070,13 +1071,14 @@ def device_name(device: torch.device | None) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_configurations(script, wanted: list[list[str]], scratch: Path) -> None:
+def check_configurations(script, wanted: list[list[str]]) -> None:
     """Let the script look at every row's options before anything runs. Raises UserError."""
-    for options in wanted:
-        try:
-            script.check_options(script.parse_args([*options, "--output_dir", str(scratch)]))
-        except script.UserError as error:
-            raise UserError(str(error)) from None
+    with tempfile.TemporaryDirectory() as scratch:
+        for options in wanted:
+            try:
+                script.check_options(script.parse_args([*options, "--output_dir", scratch]))
+            except script.UserError as error:
+                raise UserError(str(error)) from None
 
 
 def run_grid(args: argparse.Namespace, others: list[str]) -> Iterator[dict]:
@@ -1084,7 +1086,7 @@ def run_grid(args: argparse.Namespace, others: list[str]) -> Iterator[dict]:
     script = load_script(args.script)
     runs, nowhere = args.work_dir / "runs", args.work_dir / "unused"
     wanted = configurations(args)
-    check_configurations(script, [script_options(c, nowhere, nowhere, args.seed, others) for c in wanted], runs)
+    check_configurations(script, [script_options(c, nowhere, nowhere, args.seed, others) for c in wanted])
     model = prepare_model(args, script.built_in_templates("object"))
     photos = prepare_photographs(args)
     phases = (args.warmup, args.steps, args.breakdown_steps)

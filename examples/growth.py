@@ -105,18 +105,22 @@ def launcher(processes: int) -> list[str]:
     return own if processes > 1 else [sys.executable]
 
 
+def script_options(row: Row, model: Path, photos: Path, base: argparse.Namespace) -> list[str]:
+    options = {"resolution": row.resolution, "train_batch_size": row.batch, "num_vectors": row.vectors}
+    options["mixed_precision"] = base.mixed_precision[0]
+    return benchmark.script_options(options, model, photos, 0, [])
+
+
 def measure(row: Row, model: Path, args: argparse.Namespace, base: argparse.Namespace) -> dict:
     """Run a row, or take what an earlier row was. Raises UserError where it fails."""
     folder = args.work_dir / "runs" / f"{args.model}-{args.size}" / row.name
     if not (folder / "result.json").is_file():
-        options = {"resolution": row.resolution, "train_batch_size": row.batch, "num_vectors": row.vectors}
-        options["mixed_precision"] = base.mixed_precision[0]
-        argv = benchmark.script_options(options, model, photographs(row.photographs, args, base), 0, [])
+        argv = script_options(row, model, photographs(row.photographs, args, base), base)
         job = Job(str(base.script), argv, str(folder / "out"), (5, args.steps, 0), 500, base.weights)
         process = run_process(launcher(row.processes) + job_command(job, folder)[1:], folder / "log.txt", False)
         if process["status"]:
             raise UserError(f"{row}: {last_line(folder / 'log.txt')}")
-        shutil.rmtree(folder / "out")
+        shutil.rmtree(folder / "out", ignore_errors=True)
     result = summarise(json.loads((folder / "result.json").read_text()), 500, 5)
     if result["status"] != "measured":
         raise UserError(f"{row}: {result['status']}. Leave the value out.")
@@ -188,8 +192,11 @@ def write_report(results: dict[str, dict[int, dict]], args: argparse.Namespace) 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     base, _ = benchmark.parse_args(["--work_dir", str(args.work_dir), "--model", args.model, "--size", args.size])
-    model = benchmark.prepare_model(base, benchmark.load_script(base.script).built_in_templates("object"))
-    results = {q: {v: measure(row, model, args, base) for v, row in rows_of(q, args).items()} for q in args.only}
+    script, wanted = benchmark.load_script(base.script), {quantity: rows_of(quantity, args) for quantity in args.only}
+    nowhere, rows = args.work_dir / "unused", [row for found in wanted.values() for row in found.values()]
+    benchmark.check_configurations(script, [script_options(row, nowhere, nowhere, base) for row in rows])
+    model = benchmark.prepare_model(base, script.built_in_templates("object"))
+    results = {q: {v: measure(row, model, args, base) for v, row in found.items()} for q, found in wanted.items()}
     print(f"\n{write_report(results, args)}\nWritten to {args.work_dir}: growth.md, growth.json, growth.png")
 
 

@@ -429,13 +429,12 @@ def facts_of(args: argparse.Namespace) -> dict[str, str]:
         "commit": commit(),
         "machine": f"{machine}, {platform.machine()}",
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}",
-        "training": f"{args.max_train_steps} steps, batch {args.train_batch_size}",
         "sampling": f"{args.num_inference_steps} DDIM steps, {len(args.picture_seeds)} seeds, dtype {args.dtype}",
     }
 
 
 def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Path:
-    facts = facts_of(args)
+    facts = facts_of(args) | {"training": f"{args.max_train_steps} steps, batch {args.train_batch_size}"}
     parts = ["# The paper's Tables 2 and 3 in miniature", "", *(f"- {k}: {v}" for k, v in facts.items())]
     parts += ["", "Intervals are 95%, over concepts; seeds are averaged first. Differences are paired by concept.", ""]
     found, plots = {}, {}

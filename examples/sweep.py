@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 
 import torch
+from benchmark import check_configurations, load_script
 from evaluate import cell, interval, markdown_table
 from export import UserError, make_parser, run, write_files
 from generate import number as at_least
@@ -73,7 +74,6 @@ def command_line() -> argparse.ArgumentParser:
     add("--guidance_scales", type=at_least(float, 0), nargs=2, default=[5.0, 1.5], help="For the image score, and for the attributes.")
     add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
     add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Pictures of each prompt.")
-    add("--prompts", default="world", help="As evaluate.py has them.")
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
     add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Processes at a time. Default: one a core, one on a GPU.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = command_line().parse_args(argv)
     check_models(args.models)
     check_concepts(args.concepts)
-    args.max_train_steps, args.ablation_concepts = 500, 0  # the paper's, which each setting replaces; no stock pooling
+    args.prompts, args.ablation_concepts = "world", 0  # whose attributes can be judged; no stock pooling
     return args
 
 
@@ -126,6 +126,14 @@ def subject_row(item: Run, args: argparse.Namespace) -> dict[str, str]:
     }
     words = [word.removeprefix("--").split("=", 1) for word in item.method.options.split()]
     return {k: str(v) for k, v in row.items()} | dict(words)
+
+
+def check_runs(runs: list[Run], args: argparse.Namespace) -> None:
+    """Let the script look at every run's options before anything is trained. Raises UserError."""
+    rows = [subject_row(item, args) for item in runs]
+    options = [[f"--{k}={v}" for k, v in row.items() if k != "name"] for row in rows]
+    common = [f"--pretrained_model_name_or_path={args.models / 'sdxl'}"]
+    check_configurations(load_script(SCRIPT), [common + words for words in options])
 
 
 def train(runs: list[Run], args: argparse.Namespace) -> None:
@@ -182,64 +190,52 @@ def verdict(differences: dict) -> str:
 
 
 def draw_fronts(rows: dict[int, list[dict]], paper: dict) -> bytes:
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def plot(some: list[dict], *style, **options) -> None:
+        axes.plot([r["said"]["mean"] for r in some], [r["image"]["mean"] for r in some], *style, **options)
 
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
     for number, (steps, mine) in enumerate(rows.items()):
         front = sorted((row for row in mine if on_front(row, mine)), key=lambda row: row["said"]["mean"])
-        axes.scatter(
-            *zip(*((r["said"]["mean"], r["image"]["mean"]) for r in mine), strict=True),
-            s=10,
-            color=f"C{number}",
-            alpha=0.4,
-        )
-        axes.plot(
-            *zip(*((r["said"]["mean"], r["image"]["mean"]) for r in front), strict=True),
-            "o-",
-            color=f"C{number}",
-            label=f"{steps} steps",
-        )
-    axes.plot(paper["said"]["mean"], paper["image"]["mean"], "k*", markersize=12, label="paper's setting, 500 steps")
+        plot(mine, ".", color=f"C{number}", alpha=0.4)
+        plot(front, "o-", color=f"C{number}", label=f"{steps} steps")
+    plot([paper], "k*", markersize=12, label="paper's setting, 500 steps")
     axes.set(xlabel="attributes of the prompt that are right", ylabel="image score")
     axes.legend()
-    figure.savefig(content := io.BytesIO(), format="png", dpi=120)
-    plt.close(figure)
+    FigureCanvasAgg(figure).print_png(content := io.BytesIO())
     return content.getvalue()
+
+
+def table(rows: list[dict], paper: dict) -> str:
+    """A row a setting, the best by the image score first."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["image"]["mean"]):
+        line = [row["setting"], cell(row["image"]), cell(row["said"])]
+        if row is not paper:
+            differences = row["differences"]
+            line += [cell(differences["image"], "+"), cell(differences["said"], "+"), verdict(differences)]
+            line.append("x" if on_front(row, rows) else "")
+        lines.append(line + [""] * (7 - len(line)))
+    names = ["setting", "image", "attributes", "difference in image", "in attributes", "against the paper's", "front"]
+    return markdown_table(names, lines)
 
 
 def write_report(records: dict[str, list[dict]], settings: dict[Method, int], args: argparse.Namespace) -> Path:
     strong, weak = (records[f"guidance-{scale:g}"] for scale in args.guidance_scales)
     rows = {method: scores(strong, weak, method.name) for method in settings}
-    paper = rows.pop(PAPER)
+    paper, facts = rows.pop(PAPER), facts_of(args)
     by_steps = {n: [row for m, row in rows.items() if settings[m] == n] for n in args.steps}
-    parts = [
-        "# Steps, learning rate and schedule in miniature",
-        "",
-        *(f"- {k}: {v}" for k, v in facts_of(args).items()),
-    ]
-    parts += [
-        "",
-        f"Image score at guidance {args.guidance_scales[0]:g}, attributes right at {args.guidance_scales[1]:g};",
-    ]
-    parts += ["95% intervals over concepts, differences from the paper's setting paired by concept.", ""]
-    names = ["setting", "image", "attributes", "difference in image", "in attributes", "against the paper's", "front"]
-    for steps, mine in [(500, [paper]), *by_steps.items()]:
-        table = [
-            [
-                row["setting"],
-                *(cell(row[name]) for name in ("image", "said")),
-                *(cell(d, "+") if row is not paper else "" for d in row["differences"].values()),
-                verdict(row["differences"]) if row is not paper else "",
-                "x" if on_front(row, mine) and row is not paper else "",
-            ]
-            for row in sorted(mine, key=lambda row: -row["image"]["mean"])
-        ]
-        parts += [f"## {'The paper' if mine == [paper] else f'{steps} steps'}", "", markdown_table(names, table), ""]
+    first, last = args.guidance_scales
+    parts = ["# Steps, learning rate and schedule in miniature", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
+    parts += [f"Image score at guidance {first:g}, attributes right at {last:g}; 95% intervals over concepts,"]
+    parts += ["differences from the paper's setting paired by concept.", "", table([paper], paper), ""]
+    for steps, mine in by_steps.items():
+        parts += [f"## {steps} steps", "", table(mine, paper), ""]
     parts += ["![image against text by number of steps](fronts.png)", ""]
-    content = json.dumps({"facts": facts_of(args), "settings": [paper, *rows.values()]}, indent=1) + "\n"
+    content = json.dumps({"facts": facts, "settings": [paper, *rows.values()]}, indent=1) + "\n"
     files = {"report.md": "\n".join(parts).encode(), "report.json": content.encode()}
     files["fronts.png"] = draw_fronts(by_steps, paper)
     write_files({args.output_dir / name: data for name, data in files.items()})
@@ -256,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = settings_of(args)
     concepts = [name for name, concept in miniature("world").CONCEPTS.items() if concept.subject is not None]
     runs = [Run(m, c, seed) for c in concepts[: args.concepts] for seed in range(args.seeds) for m in settings]
+    check_runs(runs, args)
     train(runs, args)
     path = write_report(evaluate_all(runs, args), settings, args)
     print(path.read_text(encoding="utf-8"))

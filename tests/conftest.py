@@ -18,6 +18,8 @@ import make_small_sdxl  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from evaluate import miniature  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from transformers import Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel  # noqa: E402
 
 import train_dti_sdxl  # noqa: E402
@@ -69,6 +71,18 @@ def judges(tmp_path_factory):
     model.save_pretrained(folder / "siglip")
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     save_processor(folder / "siglip", "SiglipImageProcessor", size={"height": 64, "width": 64}, **half)
+    return folder
+
+
+@pytest.fixture
+def miniature_models(small, judges, tmp_path) -> Path:
+    """A folder as the miniature's train_models.py fills it, with small random models in it."""
+    folder = tmp_path / "models"
+    (folder / "classifiers").mkdir(parents=True)
+    for name, source in (("sdxl", small / "sdxl"), ("siglip", judges / "siglip"), ("dinov2", judges / "dino")):
+        (folder / name).symlink_to(source)
+    state = {name: x.half().contiguous() for name, x in miniature("judges").Classifiers().state_dict().items()}
+    save_file(state, folder / "classifiers" / "model.safetensors")
     return folder
 
 

@@ -4,6 +4,7 @@ import json
 
 import growth
 import pytest
+from export import UserError
 
 
 def measured(seconds: float, latents: float = 0.0) -> dict:
@@ -28,7 +29,7 @@ def test_the_words_say_what_was_measured():
     assert "2.00 times as long and learns from 2.00 times as many pictures" in said
 
 
-def test_rows_are_runs_of_the_script(tmp_path, capsys):
+def test_rows_are_runs_of_the_script(tmp_path):
     argv = ["--work_dir", str(tmp_path), "--size", "small", "--only", "photographs", "--photographs", "2", "7"]
     growth.main([*argv, "--steps", "2"])
     assert len(list((tmp_path / "photos-small-7").iterdir())) == 7
@@ -40,6 +41,12 @@ def test_rows_are_runs_of_the_script(tmp_path, capsys):
     log.write_text("")
     growth.main([*argv, "--steps", "2"])
     assert log.read_text() == ""  # not measured again
+
+
+def test_what_the_script_refuses_is_said_before_anything_is_made(tmp_path):
+    with pytest.raises(UserError, match="--resolution 60"):
+        growth.main(["--work_dir", str(tmp_path / "new"), "--size", "small", "--resolution", "64", "60"])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

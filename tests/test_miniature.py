@@ -74,6 +74,20 @@ def test_the_judges_load(trained):
     assert set(read[0]) == set(generator.world.LABELS)
 
 
+def test_labels_are_what_a_caption_states():
+    texts, labels = training.captions_of(range(200), generator.world.generator(0, "test"), hard=60)
+    assert len(texts) == len(labels) == 260
+    for text, row in zip(texts, labels.tolist(), strict=True):
+        said = {k: i for k, i in zip(generator.world.LABELS, row, strict=True) if i != training.UNSTATED}
+        for key in ("shape", "colour", "other_shape", "other_colour", "prop_colour"):
+            assert key not in said or generator.world.LABELS[key][said[key]] in text, (key, text)
+    assert 0.1 < (labels == training.UNSTATED).float().mean() < 0.9
+    heads = training.AttributeHeads(8)
+    features, nothing = torch.randn(260, 8), torch.full_like(labels, training.UNSTATED)
+    assert heads.loss(features, nothing) == 0 < heads.loss(features, labels)
+    assert training.accuracy(heads, features, nothing) == {}
+
+
 def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
     options = ["--stages", "data", "vae", "--steps", '{"vae": 5}']
     for name in ("whole", "broken"):

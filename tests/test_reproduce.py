@@ -1,40 +1,20 @@
 """examples/reproduce.py: which runs it starts, what it makes of their records, and, in the slow test, the whole of it."""
 
 import json
-import sys
 
 import pytest
-from conftest import ROOT
-from safetensors.torch import save_file
+import reproduce
+from export import UserError
+
+import train_dti_sdxl as script
 
 
-sys.path.append(str(ROOT / "examples" / "miniature"))
-
-import judges as miniature_judges  # noqa: E402
-import reproduce  # noqa: E402
-from export import UserError  # noqa: E402
-
-import train_dti_sdxl as script  # noqa: E402
+def options(miniature_models, tmp_path, *more: str):
+    return reproduce.parse_args(["--models", str(miniature_models), "--output_dir", str(tmp_path / "out"), *more])
 
 
-@pytest.fixture
-def models(small, judges, tmp_path):
-    """A folder as train_models.py fills it, with small random models in it."""
-    folder = tmp_path / "models"
-    (folder / "classifiers").mkdir(parents=True)
-    for name, source in (("sdxl", small / "sdxl"), ("siglip", judges / "siglip"), ("dinov2", judges / "dino")):
-        (folder / name).symlink_to(source)
-    state = {name: x.half().contiguous() for name, x in miniature_judges.Classifiers().state_dict().items()}
-    save_file(state, folder / "classifiers" / "model.safetensors")
-    return folder
-
-
-def options(models, tmp_path, *more: str):
-    return reproduce.parse_args(["--models", str(models), "--output_dir", str(tmp_path / "out"), *more])
-
-
-def test_every_training_is_one_that_the_script_understands(models, tmp_path):
-    args = options(models, tmp_path)
+def test_every_training_is_one_that_the_script_understands(miniature_models, tmp_path):
+    args = options(miniature_models, tmp_path)
     runs = reproduce.plan(args)
     # Table 2: 8 concepts x 3 seeds x 3 trained methods; Table 3: 4 x 2 x 10.
     assert len(runs) == 8 * 3 * 3 + 4 * 2 * 10
@@ -77,29 +57,31 @@ def test_a_difference_is_paired_by_concept_and_says_what_is_decided():
     assert reproduce.verdict(reproduce.paired(noisy, "text", "DTI", "TI")) == "undecided"
 
 
-def test_what_is_missing_is_said_at_once(tmp_path, models):
+def test_what_is_missing_is_said_at_once(tmp_path, miniature_models):
     with pytest.raises(UserError, match="has no sdxl/model_index.json"):
         options(tmp_path / "nowhere", tmp_path)
     with pytest.raises(UserError, match="--concepts 11: the world has 10"):
-        options(models, tmp_path, "--concepts", "11")
+        options(miniature_models, tmp_path, "--concepts", "11")
 
 
-def test_a_failed_run_ends_it_with_the_runs_own_words(models, tmp_path):
-    args = options(models, tmp_path, "--concepts", "2", "--seeds", "1", "--ablation_concepts", "0", "--jobs", "1")
-    (models / "sdxl").unlink()
-    (models / "sdxl").mkdir()
-    (models / "sdxl" / "model_index.json").write_text("{}")
+def test_a_failed_run_ends_it_with_the_runs_own_words(miniature_models, tmp_path):
+    few = "--concepts 2 --seeds 1 --ablation_concepts 0 --jobs 1"
+    args = options(miniature_models, tmp_path, *few.split())
+    (miniature_models / "sdxl").unlink()
+    (miniature_models / "sdxl").mkdir()
+    (miniature_models / "sdxl" / "model_index.json").write_text("{}")
     run = reproduce.plan(args)[0]
     with pytest.raises(UserError, match=r"train_dti_sdxl.py failed: .*error: --"):
         reproduce.call(reproduce.training_command(run, args, 0.4), tmp_path / "out" / "log")
 
 
 @pytest.mark.slow
-def test_the_whole_of_it_and_again(models, tmp_path, monkeypatch):
+def test_the_whole_of_it_and_again(miniature_models, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a {} on grass\na {} at night\n")
     some = [m for m in reproduce.METHODS if m.name in ("TI", "TI-rescaled", "DTI", "AdamW")]
     monkeypatch.setattr(reproduce, "METHODS", some)
-    argv = ["--models", str(models), "--output_dir", str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts.txt")]
+    argv = ["--models", str(miniature_models), "--output_dir", str(tmp_path / "out")]
+    argv += ["--prompts", str(tmp_path / "prompts.txt")]
     argv += "--concepts 2 --seeds 2 --ablation_concepts 2 --ablation_seeds 1 --max_train_steps 2".split()
     argv += "--num_inference_steps 1 --picture_seeds 0".split()
     reproduce.main(argv)

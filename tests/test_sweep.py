@@ -1,29 +1,23 @@
 """examples/sweep.py: which runs it asks for, how it judges settings, and, in the slow test, the whole of it."""
 
 import json
-import sys
 
 import pytest
-from conftest import ROOT
-from test_reproduce import models  # noqa: F401
+import reproduce
+import sweep
+from export import UserError
 
-
-sys.path.append(str(ROOT / "examples" / "miniature"))
-
-import reproduce  # noqa: E402
-import sweep  # noqa: E402
-
-import train_dti_sdxl as script  # noqa: E402
+import train_dti_sdxl as script
 
 
 @pytest.fixture
-def options(models, tmp_path):  # noqa: F811
-    return lambda *more: sweep.parse_args(["--models", str(models), "--output_dir", str(tmp_path / "out"), *more])
+def options(miniature_models, tmp_path):
+    return lambda *more: ["--models", str(miniature_models), "--output_dir", str(tmp_path / "out"), *more]
 
 
 def test_every_setting_is_one_that_the_script_understands(options):
     grid = "--steps 30 60 --learning_rates 0.08 --schedules constant linear --concepts 2 --seeds 1 --variants".split()
-    args = options(*grid, "=", "batch 8=--train_batch_size=8")
+    args = sweep.parse_args(options(*grid, "=", "batch 8=--train_batch_size=8"))
     settings = sweep.settings_of(args)
     assert len(settings) == 1 + 2 * 1 * 2 * 2
     given = {}
@@ -38,10 +32,20 @@ def test_every_setting_is_one_that_the_script_understands(options):
     assert other.train_batch_size == 8 and other.seed == 1 and other.placeholder_token == "<zebra_star>"
 
 
-def test_a_variant_that_is_no_option_is_refused(options, capsys):
-    with pytest.raises(SystemExit):
-        options("--variants", "batch 8=--train_batch_size 8")
-    assert "is not NAME=OPTIONS" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("--variants|batch 8=--train_batch_size 8", "is not NAME=OPTIONS"),
+        ("--schedules|square", "--lr_scheduler: invalid choice: 'square'"),
+        ("--variants|beta=--adam_beta1=2", "--adam_beta1 2 must be below 1"),
+        ("--concepts|11", "the world has 10 subjects"),
+    ],
+)
+def test_what_no_run_understands_is_said_before_any_is_trained(options, tmp_path, capsys, wrong, said):
+    with pytest.raises((SystemExit, UserError)) as caught:
+        sweep.main(options(*wrong.split("|")))
+    assert said in str(caught.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def row(image: float, said: float) -> dict:
@@ -61,12 +65,10 @@ def test_better_is_better_by_one_score_and_not_worse_by_the_other():
 
 
 @pytest.mark.slow
-def test_a_small_sweep_trains_scores_and_reports(models, tmp_path, monkeypatch):  # noqa: F811
+def test_a_small_sweep_trains_scores_and_reports(options, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "PAPER", reproduce.Method("paper", "--max_train_steps=3"))
-    argv = (
-        "--steps 2 --learning_rates 0.02 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1".split()
-    )
-    sweep.main(["--models", str(models), "--output_dir", str(tmp_path / "out"), *argv])
+    grid = "--steps 2 --learning_rates 0.02 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1"
+    sweep.main(options(*grid.split()))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [setting["setting"] for setting in report["settings"]] == ["paper", "2 steps, 0.02 constant"]
     assert all(setting["image"]["n"] == setting["said"]["n"] == 2 for setting in report["settings"])

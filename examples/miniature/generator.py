@@ -24,7 +24,6 @@ from training import (
     captions_of,
     fit,
     fray,
-    label_ids,
     new_tokenizer,
     pad_ids,
     pictures_of,
@@ -141,9 +140,6 @@ def new_text_encoders():
     return encoders
 
 
-RELATION_COUNTS = {"relation": 3.0}  # the last that is learned, and few captions state it
-
-
 class ClipPretraining(nn.Module):
     """Both text encoders against one picture tower, each with a temperature of its own.
 
@@ -159,7 +155,7 @@ class ClipPretraining(nn.Module):
         self.scales = nn.Parameter(torch.full((2,), math.log(10.0)))
         self.heads = nn.ModuleList(AttributeHeads(width) for width in (2 * POOLED, POOLED, POOLED))
 
-    def forward(self, pictures, ids, same, seen, stated):
+    def forward(self, pictures, ids, same, shown, stated):
         look = self.tower(pictures).float()
         first, second = (encoder(ids, output_hidden_states=True) for encoder in (self.first, self.second))
         texts = self.project(first.pooler_output), second.text_embeds
@@ -168,11 +164,10 @@ class ClipPretraining(nn.Module):
             *(contrast(*pair, same) for pair in zip(look.chunk(2, dim=1), texts, self.scales, strict=True)),
             strict=True,
         )
-        named = zip(self.heads, (look, *texts), (seen, stated, stated), strict=True)
-        attributes = sum(heads.loss(*pair, RELATION_COUNTS) for heads, *pair in named)
+        named = naming(self.heads, (look, *texts), (shown, stated, stated))
         bound = accuracy(self.heads[2], texts[1], stated).get("relation", 0.0)
         figures = {"first": hits[0], "second": hits[1], "updates": growth, "relation": bound}
-        return sum(losses) / 2 + attributes + 0.02 * growth, figures
+        return sum(losses) / 2 + named + 0.02 * growth, figures
 
 
 def contrast(look, text, scale, same):
@@ -185,6 +180,12 @@ def contrast(look, text, scale, same):
     logits, target = logits.masked_fill(same, -1e4), torch.arange(len(look), device=look.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(look)].T, target)) / 2
     return loss, (logits.argmax(1) == target).float().mean()
+
+
+def naming(heads, features, labels):
+    """The error in naming attributes, summed over pictures' and texts' heads."""
+    weights = {"relation": 3.0}  # the last that is learned, and few captions state it
+    return sum(head.loss(x, y, weights) for head, x, y in zip(heads, features, labels, strict=True))
 
 
 def update_size(states, norm=0.4):
@@ -201,11 +202,10 @@ def train_clip(args):
     model, tokenizer = ClipPretraining().to(args.device), new_tokenizer()
 
     def loss_of(step, rng):
-        seeds, pictures, texts, same, stated = caption_batch("generator", rng, 96, args)
-        seen = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
+        pictures, texts, same, shown, stated = caption_batch("generator", rng, 96, args)
         rows = [fray(row, rng)[:TEXT_LENGTH] for row in tokenizer(texts).input_ids]
         ids = pad_ids(rows, tokenizer.pad_token_id).to(args.device)
-        return model(pictures, ids, same, seen, stated)
+        return model(pictures, ids, same, shown, stated)
 
     plain = [p for n, p in model.named_parameters() if "out_proj" not in n and "fc2" not in n]
     residual = [p for n, p in model.named_parameters() if "out_proj" in n or "fc2" in n]

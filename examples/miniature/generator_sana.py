@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from generator import CAPTIONS, RELATION_COUNTS, TEXT_LENGTH, contrast, crops, parts, shared_array, update_size
+from generator import CAPTIONS, TEXT_LENGTH, contrast, crops, naming, parts, shared_array, update_size
 from torch import nn
 from training import (
     SPLITS,
@@ -26,7 +26,6 @@ from training import (
     batch_of,
     caption_batch,
     fit,
-    label_ids,
     pictures_of,
     psnr,
     rank,
@@ -133,7 +132,7 @@ class GemmaPretraining(nn.Module):
         self.tower, self.scale = PictureTower(32, 128), nn.Parameter(torch.tensor(math.log(10.0)))
         self.heads = nn.ModuleList((AttributeHeads(128), AttributeHeads(128)))  # as in the first generator
 
-    def forward(self, pictures, ids, mask, same, seen, stated):
+    def forward(self, pictures, ids, mask, same, shown, stated):
         output = self.gemma(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         weights = mask[..., None].float()
         text = self.project((output.last_hidden_state.float() * weights).sum(1) / weights.sum(1))
@@ -141,10 +140,9 @@ class GemmaPretraining(nn.Module):
         growth = update_size(output.hidden_states[:-1], norm=TEXT_WIDTH**0.5)
         look = self.tower(pictures).float()
         loss, hits = contrast(look, text, self.scale, same)
-        named = zip(self.heads, (look, text), (seen, stated), strict=True)
-        attributes = sum(heads.loss(*pair, RELATION_COUNTS) for heads, *pair in named)
+        named = naming(self.heads, (look, text), (shown, stated))
         bound = accuracy(self.heads[1], text, stated).get("relation", 0.0)
-        return loss + attributes + 0.02 * growth, {"hits": hits, "updates": growth, "relation": bound}
+        return loss + named + 0.02 * growth, {"hits": hits, "updates": growth, "relation": bound}
 
 
 def train_gemma(args):
@@ -154,10 +152,9 @@ def train_gemma(args):
     model = GemmaPretraining(len(tokenizer)).to(args.device)
 
     def loss_of(step, rng):
-        seeds, pictures, texts, same, stated = caption_batch("generator", rng, 96, args)
-        seen = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
+        pictures, texts, same, shown, stated = caption_batch("generator", rng, 96, args)
         inputs = tokenizer(texts, padding=True, return_tensors="pt").to(args.device)
-        return model(pictures, inputs.input_ids, inputs.attention_mask, same, seen, stated)
+        return model(pictures, inputs.input_ids, inputs.attention_mask, same, shown, stated)
 
     fit("gemma", model, loss_of, args, lr=1e-3, ema=0.995)
     folder = args.output_dir / "sana" / "text_encoder"

@@ -97,10 +97,9 @@ def train_siglip(args):
     training, tokenizer = SiglipTraining().to(args.device), new_tokenizer(length=64)
 
     def loss_of(step, rng):
-        seeds, pictures, texts, same, _ = caption_batch("judges", rng, 64, args)
+        pictures, texts, same, targets, _ = caption_batch("judges", rng, 64, args)
         rows = [fray(row, rng) if rng.random() < 0.3 else row for row in tokenizer(texts).input_ids]
         ids = pad_ids([row[:64] for row in rows], tokenizer.pad_token_id, 64).to(args.device)
-        targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
         loss, hits = training(disturb(pictures, rng), ids, same, targets)
         return loss, {"hits": hits}
 

@@ -304,17 +304,18 @@ def captions_of(seeds, rng, hard=0):
 def caption_batch(split, rng, size, args, hard=32):
     """A shuffled batch with captions, those of `hard` confused scenes last, to be told apart.
 
-    Returns seeds, pictures, texts, a mask (pictures x texts) of the confused ones that came out word for word the same,
-    and what each text states, as labels (texts x attributes).
+    Returns pictures, texts, a mask (pictures x texts) of the confused ones that came out word for word the same, and as
+    labels what the pictures show (pictures x attributes) and what the texts state (texts x attributes).
     """
     seeds, pictures = batch_of(split, rng, size, args)
     order = rng.permutation(size)
     seeds, pictures = seeds[order], pictures[order]
-    texts, labels = captions_of(seeds, rng, hard=hard)
+    texts, stated = captions_of(seeds, rng, hard=hard)
+    shown = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
     same = torch.zeros(size, len(texts), dtype=torch.bool, device=args.device)
     for i, text in enumerate(texts[size:]):
         same[i, size + i] = text == texts[i]
-    return seeds, pictures, texts, same, labels.to(args.device)
+    return pictures, texts, same, shown, stated.to(args.device)
 
 
 def fray(ids, rng):
