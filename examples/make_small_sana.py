@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,10 +32,9 @@ TURNS = ["<start_of_turn>", "<end_of_turn>"]  # special too
 ORDINARY = ["<mask>", "<unused0>", "\n", "\n\n", "▁▁", "▁▁▁"]
 
 
-def make_merges() -> list[tuple[str, str]]:
-    """Byte-pair merges, the commonest pair first, that make each of `WORDS` one token, alone and after a space ("▁")."""
-    spelled = [[*word] for word in WORDS] + [["▁", *word] for word in WORDS]
-    merges = [("▁", "▁"), ("▁▁", "▁")]
+def learn_merges(spelled: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges, the commonest pair first, that make each of the words, spelled in pieces, one token."""
+    merges = []
     while any(len(pieces) > 1 for pieces in spelled):
         pairs = Counter(pair for pieces in spelled for pair in itertools.pairwise(pieces))
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -53,9 +53,10 @@ def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def make_tokenizer(folder: Path) -> GemmaTokenizerFast:
-    """Write a Gemma tokenizer that knows all bytes and `WORDS`, and load it."""
-    merges = make_merges()
+def make_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> GemmaTokenizerFast:
+    """Write a Gemma tokenizer that knows all bytes and the words, and load it."""
+    spelled = [[*word] for word in words] + [["▁", *word] for word in words]  # alone, and after a space
+    merges = [("▁", "▁"), ("▁▁", "▁"), *learn_merges(spelled)]
     pieces = [*SPECIAL, *ORDINARY[:2], *TURNS, *ORDINARY[2:], *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [chr(code) for code in range(ord("!"), ord("~") + 1)] + ["".join(merge) for merge in merges]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}

@@ -8,9 +8,6 @@ Sections: 1 autoencoder, 2 text encoder, 3 latents and embeddings, 4 transformer
 
 import json
 import math
-import sys
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -32,10 +29,6 @@ from training import (
     save_half,
     to_tensor,
 )  # fmt: skip
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import make_small_sana  # the layout of Gemma's tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,8 +92,9 @@ TEXT_WIDTH, TEXT_LAYERS = 128, 6
 
 def new_tokenizer(folder):
     """Gemma's, with every word of the captions in one token."""
-    with mock.patch.object(make_small_sana, "WORDS", sorted(world.vocabulary())):
-        return make_small_sana.make_tokenizer(folder)
+    from make_small_sana import make_tokenizer
+
+    return make_tokenizer(folder, sorted(world.vocabulary()))
 
 
 def new_gemma(vocabulary):

@@ -10,8 +10,10 @@ import copy
 import json
 import math
 import os
+import sys
 import time
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import world
 from torch import nn
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the other examples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,38 +205,14 @@ def byte_symbols():
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(len(rest))]
 
 
-def learn_merges(words):
-    """Byte-pair merges, the commonest pair first, until every word is one token."""
-    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges = []
-    while any(len(p) > 1 for p in pieces.values()):
-        counts = {}
-        for p in pieces.values():
-            for pair in zip(p, p[1:], strict=False):
-                counts[pair] = counts.get(pair, 0) + 1
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        merges.append(best)
-        for word, p in pieces.items():
-            pieces[word] = merge_pair(p, best)
-    return merges
-
-
-def merge_pair(pieces, pair):
-    out = []
-    for piece in pieces:
-        if out and (out[-1], piece) == pair:
-            out[-1] += piece
-        else:
-            out.append(piece)
-    return out
-
-
 @cache
 def vocabulary_and_merges():
     """As CLIP orders it: bytes, bytes that end a word, merges, start, end. The end token has the highest id, on which
     pooling at the highest id relies."""
+    from make_small_sana import learn_merges
+
     symbols = byte_symbols()
-    merges = learn_merges(world.vocabulary())
+    merges = learn_merges([[*word[:-1], word[-1] + "</w>"] for word in world.vocabulary()])
     tokens = [
         *symbols,
         *(s + "</w>" for s in symbols),
