@@ -132,6 +132,9 @@ METHODS = (
     # A norm grows by the learning rate and with the root of the width: the miniature's narrow TI ends at 5 times the mean
     # norm, the paper's at 50 times.
     Method("TI, eta 2e-2", f"{FREE} --learning_rate 2e-2", ablation=True),
+    # A subject has up to five attributes, and a word of the miniature's states one of them.
+    Method("TI, 4 vectors", f"{FREE} --num_vectors 4", ablation=True),
+    Method("DTI, 4 vectors", "--num_vectors 4", ablation=True),
     Method("TI, trained at end token", f"{FREE} --pooling eos", ablation=True),
     Method("DTI, trained at end token", "--pooling eos", ablation=True),
 )

@@ -16,8 +16,8 @@ def options(miniature_models, tmp_path, *more: str):
 def test_every_training_is_one_that_the_script_understands(miniature_models, tmp_path):
     args = options(miniature_models, tmp_path)
     runs = reproduce.plan(args)
-    # Table 2: 8 concepts x 3 seeds x 3 trained methods; Table 3: 4 x 2 x 11.
-    assert len(runs) == 8 * 3 * 3 + 4 * 2 * 11
+    # Table 2: 8 concepts x 3 seeds x 3 trained methods; Table 3: 4 x 2 x 13.
+    assert len(runs) == 8 * 3 * 3 + 4 * 2 * 13
     assert len({run.folder(args) for run in runs}) == len(runs)
     parsed = {}
     for run in runs:
