@@ -1051,7 +1051,11 @@ def draw_scatter(tables: dict) -> bytes:
     axes.set_ylabel("image score (DINOv2)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if len(tables["methods"]) > 6:  # too many to lie beside the points
+        figure.set_figwidth(9)
+        figure.legend(frameon=False, loc="outside right upper", fontsize=9)
+    else:
+        axes.legend(frameon=False)
     axes.set_title(f"95% intervals over {tables['unit']}s; up and to the right is better", fontsize=9)
     figure.savefig(content := io.BytesIO(), format="png")
     pyplot.close(figure)

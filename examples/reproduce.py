@@ -430,12 +430,13 @@ def commit() -> str:
 def facts_of(args: argparse.Namespace) -> dict[str, str]:
     """Where a report comes from."""
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    seeds = ", ".join(map(str, args.picture_seeds))
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": f"{machine}, {platform.machine()}",
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}",
-        "sampling": f"{args.num_inference_steps} DDIM steps, {len(args.picture_seeds)} seeds, dtype {args.dtype}",
+        "sampling": f"{args.num_inference_steps} DDIM steps, seeds {seeds} of each prompt, dtype {args.dtype}",
     }
 
 
