@@ -47,24 +47,30 @@ SCRIPT = EXAMPLES.parent / "train_dti_sdxl.py"
 
 
 # fmt: off
-def command_line() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """What a comparison of trainings needs, whatever it compares: sweep.py has the same."""
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
     add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with sdxl, siglip, dinov2 and classifiers.")
+    add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
+    add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
+    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
+    add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Processes at a time. Default: one a core, one on a GPU.")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add_common_options(parser)
+    add = parser.add_argument
     add("--concepts", type=at_least(int, 2), default=8, help="Concepts for Table 2.")
     add("--seeds", type=at_least(int, 1), default=3, help="Training seeds for Table 2.")
     add("--ablation_concepts", type=at_least(int, 0), default=4, help="Concepts for Table 3; 0: Table 2 alone.")
     add("--ablation_seeds", type=at_least(int, 1), default=2, help="Training seeds for Table 3.")
     add("--max_train_steps", type=at_least(int, 1), default=500, help="Paper: 500.")
-    add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
     add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="One evaluation for each.")
-    add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
     add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0, 1, 2, 3], help="Pictures of each prompt. Paper: four.")
     add("--prompts", default="world", help="As evaluate.py has them.")
-    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
-    add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Processes at a time. Default: one a core, one on a GPU.")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 # fmt: on
 

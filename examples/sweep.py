@@ -2,7 +2,7 @@
 """Sweep steps, learning rate and schedule in the miniature world: which settings learn a subject best in how many steps?
 
     python examples/sweep.py --output_dir sweep
-    python examples/sweep.py --output_dir sweep --steps 60 --learning_rates 0.08 0.16 --schedules linear \
+    python examples/sweep.py --output_dir sweep --steps 60 --total_angles 5 10 --schedules linear \
       --variants "plain=" "batch 8=--train_batch_size=8"
 
 Every combination is trained on each concept from each seed by train_many.py, that is by train_dti_sdxl.py with the models
@@ -25,7 +25,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from benchmark import check_configurations, load_script
 from evaluate import cell, interval, markdown_table
 from export import UserError, make_parser, run, write_files
@@ -35,6 +34,7 @@ from reproduce import (
     SCRIPT,
     Method,
     Run,
+    add_common_options,
     check_concepts,
     check_models,
     concept_means,
@@ -61,22 +61,17 @@ def named_options(text: str) -> tuple[str, str]:
 # fmt: off
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
+    add_common_options(parser)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
-    add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with sdxl, siglip, dinov2 and classifiers.")
     add("--steps", type=at_least(int, 1), nargs="+", default=[30, 60, 125, 250, 500])
-    add("--learning_rates", type=at_least(float, 0), nargs="+", default=[0.005, 0.02, 0.08, 0.16, 0.32])
+    add("--total_angles", type=at_least(float, 0), nargs="+", default=[2.5, 5.0, 10.0, 20.0], metavar="RADIANS", help="Learning rate times steps: how far a constant rate would turn the token if it always turned one way. Paper: 2.5.")
     add("--schedules", nargs="+", default=["constant", "linear", "cosine"], help="Of --lr_scheduler.")
     add("--variants", type=named_options, nargs="+", default=[("", "")], metavar="NAME=OPTIONS", help="Further options of the script as --OPTION=VALUE, each with every combination.")
+    add("--num_vectors", type=at_least(int, 1), default=4, help="Of every setting. One is too little for a subject of this world: reproduction/README.md.")
     add("--concepts", type=at_least(int, 2), default=4)
     add("--seeds", type=at_least(int, 1), default=3, help="Training seeds.")
-    add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
-    add("--guidance_scales", type=at_least(float, 0), nargs=2, default=[5.0, 1.5], help="For the image score, and for the attributes.")
-    add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
+    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="The first for the image score, the last for the attributes.")
     add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Pictures of each prompt.")
-    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
-    add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Processes at a time. Default: one a core, one on a GPU.")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 # fmt: on
 
@@ -102,8 +97,9 @@ PAPER = Method(
 def settings_of(args: argparse.Namespace) -> dict[Method, int]:
     """Every setting as reproduce.py's method, with its number of steps; the paper's first."""
     found = {PAPER: 500}
-    grid = itertools.product(args.steps, args.learning_rates, args.schedules, args.variants)
-    for steps, rate, schedule, (variant, options) in grid:
+    grid = itertools.product(args.steps, args.total_angles, args.schedules, args.variants)
+    for steps, angle, schedule, (variant, options) in grid:
+        rate = float(f"{angle / steps:.2g}")
         name = f"{steps} steps, {rate:g} {schedule}" + (f", {variant}" if variant else "")
         words = f"--max_train_steps={steps} --learning_rate={rate} --lr_scheduler={schedule} {options}"
         found[Method(name, words.strip())] = steps
@@ -148,6 +144,7 @@ def train(runs: list[Run], args: argparse.Namespace) -> None:
         "pretrained_model_name_or_path": args.models / "sdxl",
         "resolution": miniature("world").SIZE,
         "train_batch_size": args.train_batch_size,
+        "num_vectors": args.num_vectors,
         "report_to": "none",
     }
     command += [str(EXAMPLES / "train_many.py"), *(f"--{name}={value}" for name, value in options.items())]
@@ -224,11 +221,11 @@ def table(rows: list[dict], paper: dict) -> str:
 
 
 def write_report(records: dict[str, list[dict]], settings: dict[Method, int], args: argparse.Namespace) -> Path:
-    strong, weak = (records[f"guidance-{scale:g}"] for scale in args.guidance_scales)
+    first, last = args.guidance_scales[0], args.guidance_scales[-1]
+    strong, weak = records[f"guidance-{first:g}"], records[f"guidance-{last:g}"]
     rows = {method: scores(strong, weak, method.name) for method in settings}
     paper, facts = rows.pop(PAPER), facts_of(args)
     by_steps = {n: [row for m, row in rows.items() if settings[m] == n] for n in args.steps}
-    first, last = args.guidance_scales
     parts = ["# Steps, learning rate and schedule in miniature", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
     parts += [f"Image score at guidance {first:g}, attributes right at {last:g}; 95% intervals over concepts,"]
     parts += ["differences from the paper's setting paired by concept.", "", table([paper], paper), ""]

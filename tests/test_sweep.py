@@ -16,7 +16,7 @@ def options(miniature_models, tmp_path):
 
 
 def test_every_setting_is_one_that_the_script_understands(options):
-    grid = "--steps 30 60 --learning_rates 0.08 --schedules constant linear --concepts 2 --seeds 1 --variants".split()
+    grid = "--steps 30 60 --total_angles 4.8 --schedules constant linear --concepts 2 --seeds 1 --variants".split()
     args = sweep.parse_args(options(*grid, "=", "batch 8=--train_batch_size=8"))
     settings = sweep.settings_of(args)
     assert len(settings) == 1 + 2 * 1 * 2 * 2
@@ -67,7 +67,7 @@ def test_better_is_better_by_one_score_and_not_worse_by_the_other():
 @pytest.mark.slow
 def test_a_small_sweep_trains_scores_and_reports(options, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "PAPER", reproduce.Method("paper", "--max_train_steps=3"))
-    grid = "--steps 2 --learning_rates 0.02 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1"
+    grid = "--steps 2 --total_angles 0.04 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1"
     sweep.main(options(*grid.split()))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [setting["setting"] for setting in report["settings"]] == ["paper", "2 steps, 0.02 constant"]
