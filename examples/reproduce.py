@@ -259,7 +259,20 @@ def write_photographs(runs: list[Run], args: argparse.Namespace) -> None:
             picture.save(folder / f"{number}.png")
 
 
+def keep_options(args: argparse.Namespace, *names: str) -> None:
+    """Refuse to go on in a folder whose runs had other options, and note these. Raises UserError."""
+    path, given = args.output_dir / "options.json", {name: str(getattr(args, name)) for name in names}
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else given
+    for name, value in given.items():
+        if noted[name] != value:
+            raise UserError(
+                f"--{name} {value}: the runs in {args.output_dir} had {noted[name]}. Give another --output_dir."
+            )
+    write_files({path: (json.dumps(given, indent=1) + "\n").encode()})
+
+
 def train_all(runs: list[Run], args: argparse.Namespace) -> None:
+    keep_options(args, "max_train_steps", "train_batch_size")
     write_photographs(runs, args)
     means = [m["mean"] for m in magnitudes(str(args.models / "sdxl")).values()]
     missing = [item for item in runs if not (item.folder(args) / "learned_embeds.safetensors").is_file()]

@@ -40,6 +40,7 @@ from reproduce import (
     concept_means,
     evaluate_all,
     facts_of,
+    keep_options,
     miniature,
     paired,
     write_photographs,
@@ -134,6 +135,7 @@ def check_runs(runs: list[Run], args: argparse.Namespace) -> None:
 
 def train(runs: list[Run], args: argparse.Namespace) -> None:
     """Train what is not finished, the runs shared by --jobs processes. Raises UserError."""
+    keep_options(args, "num_vectors", "train_batch_size")
     write_photographs(runs, args)
     write_files({args.output_dir / "runs.json": json.dumps([subject_row(item, args) for item in runs]).encode()})
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.jobs)]
@@ -224,11 +226,14 @@ def write_report(records: dict[str, list[dict]], settings: dict[Method, int], ar
     first, last = args.guidance_scales[0], args.guidance_scales[-1]
     strong, weak = records[f"guidance-{first:g}"], records[f"guidance-{last:g}"]
     rows = {method: scores(strong, weak, method.name) for method in settings}
-    paper, facts = rows.pop(PAPER), facts_of(args)
+    facts = facts_of(args) | {"training": f"{args.num_vectors} vectors, batch {args.train_batch_size}"}
+    paper = rows.pop(PAPER)
     by_steps = {n: [row for m, row in rows.items() if settings[m] == n] for n in args.steps}
     parts = ["# Steps, learning rate and schedule in miniature", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
-    parts += [f"Image score at guidance {first:g}, attributes right at {last:g}; 95% intervals over concepts,"]
-    parts += ["differences from the paper's setting paired by concept.", "", table([paper], paper), ""]
+    parts += [
+        f"Image score at guidance {first:g}, attributes right at {last:g}, {args.seeds} seeds. Intervals are 95% over"
+    ]
+    parts += [f"{args.concepts} concepts, differences from the paper's setting paired.", "", table([paper], paper), ""]
     for steps, mine in by_steps.items():
         parts += [f"## {steps} steps", "", table(mine, paper), ""]
     parts += ["![image against text by number of steps](fronts.png)", ""]

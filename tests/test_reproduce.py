@@ -64,6 +64,14 @@ def test_what_is_missing_is_said_at_once(tmp_path, miniature_models):
         options(miniature_models, tmp_path, "--concepts", "11")
 
 
+def test_runs_with_other_options_are_not_taken_for_these(tmp_path, miniature_models):
+    names = ("max_train_steps", "train_batch_size")
+    reproduce.keep_options(options(miniature_models, tmp_path), *names)
+    reproduce.keep_options(options(miniature_models, tmp_path, "--jobs", "1"), *names)
+    with pytest.raises(UserError, match="--max_train_steps 20: the runs in .* had 500"):
+        reproduce.keep_options(options(miniature_models, tmp_path, "--max_train_steps", "20"), *names)
+
+
 def test_a_failed_run_ends_it_with_the_runs_own_words(miniature_models, tmp_path):
     few = "--concepts 2 --seeds 1 --ablation_concepts 0 --jobs 1"
     args = options(miniature_models, tmp_path, *few.split())
