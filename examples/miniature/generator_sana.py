@@ -209,7 +209,7 @@ def new_transformer():
 
     return SanaTransformer2DModel(
         in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, sample_size=LATENT_SIDE, patch_size=1,
-        num_layers=8, num_attention_heads=7, attention_head_dim=32,
+        num_layers=6, num_attention_heads=7, attention_head_dim=32,
         num_cross_attention_heads=7, cross_attention_head_dim=32, cross_attention_dim=7 * 32,
         caption_channels=TEXT_WIDTH, qk_norm="rms_norm_across_heads",
     )  # fmt: skip
@@ -219,6 +219,7 @@ def train_transformer(args):
     """Flow matching at logit-normal times: x_t = (1 - t) x + t noise, the target noise - x."""
     torch.manual_seed(args.seed)
     transformer = new_transformer().to(args.device)
+    predict = torch.compile(transformer, dynamic=False) if args.compile else transformer
     names = ("sana_latents", "sana_contexts", "sana_lengths")
     latents, contexts, lengths = (np.load(args.runs_dir / f"{name}.npy", mmap_mode="r") for name in names)
     empty, _ = embed_texts([""], *load_gemma(args))
@@ -236,7 +237,7 @@ def train_transformer(args):
         mask = (positions < torch.where(dropped, 1.0, length)[:, None]).float()
         noise, t = torch.randn_like(clean), torch.sigmoid(torch.randn(len(clean), device=args.device))
         noisy = torch.lerp(clean, noise, t[:, None, None, None])
-        output = transformer(noisy, context, timestep=1000 * t, encoder_attention_mask=mask).sample
+        output = predict(noisy, context, timestep=1000 * t, encoder_attention_mask=mask).sample
         return F.mse_loss(output.float(), noise - clean), {}
 
     fit("transformer", transformer, loss_of, args, lr=8e-4, ema=0.9985)
