@@ -310,12 +310,10 @@ def write_tokenizers(folder: Path, model: str, templates: list[str]) -> dict[str
     """Tokenizers that know the bytes and the prompts' words: a prompt is as long as with the published ones."""
     words = sorted({*make_small_sdxl.WORDS, *re.findall(r"[a-z]+", " ".join(templates).lower())})
     if model == "sdxl":
-        with mock.patch.object(make_small_sdxl, "WORDS", words):
-            make_small_sdxl.make_tokenizer(folder / "tokenizer", "<|endoftext|>")
-            make_small_sdxl.make_tokenizer(folder / "tokenizer_2", "!")
+        make_small_sdxl.make_tokenizer(folder / "tokenizer", "<|endoftext|>", words)
+        make_small_sdxl.make_tokenizer(folder / "tokenizer_2", "!", words)
         return dict.fromkeys(("tokenizer", "tokenizer_2"), "CLIPTokenizer")
-    with mock.patch.object(make_small_sana, "WORDS", words):
-        make_small_sana.make_tokenizer(folder / "tokenizer")
+    make_small_sana.make_tokenizer(folder / "tokenizer", words)
     return {"tokenizer": "GemmaTokenizerFast"}
 
 

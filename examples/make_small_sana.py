@@ -11,15 +11,13 @@ Its pictures are best kept small: `pipe(prompt, height=64, width=64, use_resolut
 """
 
 import argparse
-import itertools
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-from make_small_sdxl import WORDS, make_photographs
+from make_small_sdxl import WORDS, learn_merges, make_photographs
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
@@ -30,27 +28,6 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 TURNS = ["<start_of_turn>", "<end_of_turn>"]  # special too
 # Gemma-2 lists some 240 more added tokens that are not special. What removes "every added token" would remove these.
 ORDINARY = ["<mask>", "<unused0>", "\n", "\n\n", "▁▁", "▁▁▁"]
-
-
-def learn_merges(spelled: list[list[str]]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the commonest pair first, that make each of the words, spelled in pieces, one token."""
-    merges = []
-    while any(len(pieces) > 1 for pieces in spelled):
-        pairs = Counter(pair for pieces in spelled for pair in itertools.pairwise(pieces))
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        spelled = [merge_pair(pieces, best) for pieces in spelled]
-    return merges
-
-
-def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    merged = []
-    for piece in pieces:
-        if merged and (merged[-1], piece) == pair:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return merged
 
 
 def make_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> GemmaTokenizerFast:

@@ -10,7 +10,10 @@ learned.
 """
 
 import argparse
+import itertools
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,25 +37,39 @@ def byte_symbols() -> list[str]:
     return [chr(code) for code in (*printable, *moved)]
 
 
-def make_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
-    """Write a CLIP tokenizer that knows all bytes and `WORDS`, and load it."""
-    symbols = byte_symbols()
-    vocabulary = symbols + [symbol + "</w>" for symbol in symbols]
+def learn_merges(spelled: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges, the commonest pair first, that make each of the words, spelled in pieces, one token."""
     merges = []
-    for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merge = f"{pieces[0]} {pieces[1]}"
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-            if merge not in merges:
-                merges.append(merge)
-                vocabulary.append(pieces[0])
+    while any(len(pieces) > 1 for pieces in spelled):
+        pairs = Counter(pair for pieces in spelled for pair in itertools.pairwise(pieces))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        spelled = [merge_pair(pieces, best) for pieces in spelled]
+    return merges
+
+
+def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def make_tokenizer(folder: Path, pad_token: str, words: Sequence[str] = WORDS) -> CLIPTokenizer:
+    """Write a CLIP tokenizer that knows all bytes and the words, and load it."""
+    symbols = byte_symbols()
+    merges = learn_merges([[*word[:-1], word[-1] + "</w>"] for word in words])
+    vocabulary = symbols + [symbol + "</w>" for symbol in symbols]
+    vocabulary += dict.fromkeys("".join(merge) for merge in merges)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]  # the end token has the highest id, as in CLIP
 
     folder.mkdir(parents=True, exist_ok=True)
     ids = {token: index for index, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

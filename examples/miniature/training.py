@@ -209,7 +209,7 @@ def byte_symbols():
 def vocabulary_and_merges():
     """As CLIP orders it: bytes, bytes that end a word, merges, start, end. The end token has the highest id, on which
     pooling at the highest id relies."""
-    from make_small_sana import learn_merges
+    from make_small_sdxl import learn_merges
 
     symbols = byte_symbols()
     merges = learn_merges([[*word[:-1], word[-1] + "</w>"] for word in world.vocabulary()])
