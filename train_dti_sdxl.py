@@ -148,11 +148,18 @@ def module_names(text: str) -> list[str]:
     return names
 
 
+# Steps, learning rates and schedules for --optimizer rsgd, found in the miniature world by examples/sweep.py.
+PRESETS = {
+    "paper": {},
+    "fast": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear"},
+}
+
 # fmt: off
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method (defaults: the paper's)").add_argument
+    add("--preset", choices=PRESETS, default="paper", help="Steps, learning rate and schedule together, where they are not given one by one: the paper's, or what learned more in fewer steps in a small world (examples/presets).")
     add("--learning_rate", type=number(float, 0, above=True), default=5e-3, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians; paper: 5e-3.")
     add("--kappa", type=number(float, 0), default=None, help="Concentration of the von Mises-Fisher prior towards the initializer; paper: 1e-4 (default), 5e-5 to 2e-4 works. No prior with --magnitude free.")
     add("--magnitude", type=magnitude_rule, default="mean", metavar="{mean,min,free,NUMBER}", help="m*, the norm of the learned embedding: the vocabulary's mean or minimum, a number, or free (plain Textual Inversion).")
@@ -266,7 +273,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
+    args = parser.parse_args(argv)
     if args.kappa is None:
         args.kappa = 0.0 if args.magnitude == "free" else 1e-4
     if args.lora_alpha is None:
@@ -282,6 +291,8 @@ def check_options(args: argparse.Namespace) -> None:
                 raise UserError(f"--{name} is not valid UTF-8: write it in a terminal that is set to UTF-8.")
     if args.optimizer == "rsgd" and args.magnitude == "free":
         raise UserError("--optimizer rsgd moves on a sphere and --magnitude free has none: add --optimizer adamw.")
+    if args.optimizer != "rsgd" and args.preset != "paper":
+        raise UserError(f"--preset {args.preset} has a learning rate for --optimizer rsgd: leave one of them out.")
     if args.magnitude == "free" and args.kappa:
         raise UserError(
             f"--kappa {args.kappa:g} is a prior on the sphere and --magnitude free has none: leave it out."

@@ -165,6 +165,7 @@ CASES = [
     ({"max_train_steps": 0}, "--max_train_steps: '0' is not an integer of at least 1"),
     ({"optimizer": "sgd"}, "--optimizer: invalid choice: 'sgd'"),
     ({"scale_lr": "yes"}, "unrecognized arguments: --scale_lr"),
+    ({"preset": "fast", "optimizer": "adamw"}, "--preset fast has a learning rate for --optimizer rsgd"),
     ({"validation_prompt": "a dog"}, "--validation_prompt 'a dog' has neither {} nor '<my-pot>'"),
     ({"pretrained_model_name_or_path": "@none"}, "--pretrained_model_name_or_path .*none"),
     ({"pretrained_model_name_or_path": "@file"}, "is a file: load it with"),

@@ -68,7 +68,7 @@ def test_every_training_command_of_the_readme_is_understood(command, monkeypatch
     script.check_options(script.parse_args(argv))
 
 
-@pytest.mark.parametrize("family, steps", [("sdxl", 300), ("sana", 100)])
+@pytest.mark.parametrize("family, steps", [("sdxl", 60), ("sana", 100)])
 def test_the_readmes_first_job_runs(monkeypatch, tmp_path, family, steps):
     """The commands of "Try it", after the installation, in order and as they stand, beside a copy of the examples."""
     monkeypatch.chdir(tmp_path)

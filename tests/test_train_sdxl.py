@@ -154,6 +154,20 @@ def test_every_row_of_the_papers_tables_is_one_command(train, small, row, flags,
             assert rows.norm().item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_preset_is_its_options_and_what_is_given_wins(train, options, tmp_path):
+    fast = script.PRESETS["fast"]
+    rest = {name: value for name, value in fast.items() if name != "max_train_steps"}
+    preset = embeddings(train("--preset", "fast", max_train_steps=3, output_dir=tmp_path / "preset"))
+    written = embeddings(train(max_train_steps=3, output_dir=tmp_path / "written", **rest))
+    paper = embeddings(train(max_train_steps=3))
+    assert all(torch.equal(a, b) for a, b in zip(preset, written, strict=True))
+    assert not torch.equal(preset[0], paper[0])
+    args = script.parse_args(options("--preset", "fast", max_train_steps=None))
+    assert args.max_train_steps == fast["max_train_steps"] < 500
+    args = script.parse_args(options(max_train_steps=None))
+    assert (args.max_train_steps, args.learning_rate, args.lr_scheduler) == (500, 5e-3, "constant")
+
+
 def test_the_regularisation_holds_the_embedding_back(train, small):
     start = train("--init", "contextual", output_dir=small / "start", max_train_steps=1, learning_rate=1e-9)
     free = ("--magnitude", "free", "--optimizer", "adamw", "--init", "contextual", "--learning_rate", "0.05")
