@@ -1372,7 +1372,9 @@ def loading_snippet(
     folder = json.dumps(repository or str(args.output_dir))
     prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
     lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
-    trained_without = args.complex_human_instruction is None
+    given = ", complex_human_instruction=None" if args.complex_human_instruction is None else ""
+    if args.resolution < 512:  # a small model: SanaPipeline draws 1024 px and knows no less than 512
+        given += f", height={args.resolution}, width={args.resolution}, use_resolution_binning=False"
     return f"""
 import torch
 from diffusers import DiffusionPipeline
@@ -1384,7 +1386,7 @@ pipe = DiffusionPipeline.from_pretrained(
     torch_dtype={dtype},
 ).to("{device.type}")
 pipe.load_textual_inversion({folder}){lora}
-pipe({prompt}{", complex_human_instruction=None" if trained_without else ""}).images[0].save("picture.png")
+pipe({prompt}{given}).images[0].save("picture.png")
 """
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from export import Embedding, write_embedding
+from PIL import Image
 
 import train_dti_sana
 import train_dti_sdxl
@@ -70,7 +71,7 @@ def test_every_training_command_of_the_readme_is_understood(command, monkeypatch
 
 @pytest.mark.parametrize("name", ["clown", "harlequin"])
 def test_the_readmes_first_job_runs(monkeypatch, tmp_path, name):
-    """The commands of "Try it", after the installation, in order and as they stand, beside a copy of the examples."""
+    """The commands of "Try it", after the installation, in order and as they stand, and the lines that they print."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     make, job = (command for command in readme_commands() if name in command and "benchmark" not in command)
@@ -80,8 +81,11 @@ def test_the_readmes_first_job_runs(monkeypatch, tmp_path, name):
     script, argv = arguments(job)
     script.main(argv)
     AcceleratorState._reset_state(reset_partial_state=True)
-    out = script.parse_args(argv).output_dir
-    assert (out / "learned_embeds.safetensors").is_file() and (out / "validation-60.png").is_file()
+    args = script.parse_args(argv)
+    assert (args.output_dir / "learned_embeds.safetensors").is_file()
+    assert (args.output_dir / "validation-60.png").is_file()
+    exec(script.loading_snippet(args, torch.device("cpu"), torch.float32), {})
+    assert Image.open("picture.png").size == (64, 64)
 
 
 @pytest.fixture(scope="module")
