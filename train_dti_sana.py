@@ -160,10 +160,13 @@ def module_names(text: str) -> list[str]:
     return names
 
 
+# Steps, learning rates and schedules for --optimizer rsgd, found in the miniature world by examples/sweep.py.
 PRESETS = {
     "paper": {},
     "fast": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear"},
 }
+
+METHOD_OPTIONS = ("learning_rate", "lr_scheduler", "kappa", "magnitude", "optimizer", "init")  # told with the result
 
 # fmt: off
 
@@ -1422,7 +1425,7 @@ def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
         "modelspec.date": datetime.date.today().isoformat(),
         "dti.base_model": model_name(args),
         "dti.steps": str(step),
-        **{f"dti.{k}": str(getattr(args, k)) for k in ("learning_rate", "kappa", "magnitude", "optimizer", "init")},
+        **{f"dti.{k}": str(getattr(args, k)) for k in METHOD_OPTIONS},
         **({"dti.initializer_token": args.initializer_token} if args.initializer_token else {}),
     }
 
@@ -1739,7 +1742,7 @@ def model_card(
     computed = ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
     details = {
         **{k: derived[k] for k in computed},
-        **{k: getattr(args, k) for k in ("learning_rate", "kappa", "magnitude", "optimizer", "init", "resolution")},
+        **{k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")},
     }
     table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in details.items())
     lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""

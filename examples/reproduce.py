@@ -261,14 +261,14 @@ def write_photographs(runs: list[Run], args: argparse.Namespace) -> None:
 
 def keep_options(args: argparse.Namespace, *names: str) -> None:
     """Refuse to go on in a folder whose runs had other options, and note these. Raises UserError."""
-    path, given = args.output_dir / "options.json", {name: str(getattr(args, name)) for name in names}
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else given
+    path, given = args.output_dir / "options.json", {name: getattr(args, name) for name in names}
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name, value in given.items():
-        if noted[name] != value:
+        if noted.get(name, value) != value:
             raise UserError(
-                f"--{name} {value}: the runs in {args.output_dir} had {noted[name]}. Give another --output_dir."
+                f"--{name} {value}: the runs in {path.parent} had {noted[name]}. Give another --output_dir."
             )
-    write_files({path: (json.dumps(given, indent=1) + "\n").encode()})
+    write_files({path: (json.dumps(noted | given) + "\n").encode()})
 
 
 def train_all(runs: list[Run], args: argparse.Namespace) -> None:

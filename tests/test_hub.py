@@ -153,6 +153,7 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     card = repository.files["README.md"].decode()
     assert all(f'pipe.load_lora_weights("{repo_id}", weight_name=' in card and "| lora | rank 2" in card for _ in lora)
     assert "<Gallery />" in card and "Write `<my-pot>` where" in card and "| photographs | 5 |" in card
+    assert "| lr scheduler | constant |" in card
     assert (f"{repo_id}/resolve/main/my-pot.safetensors" in card) and ("embedding:my-pot" in card) == (
         family == "sdxl"
     )

@@ -70,6 +70,10 @@ def test_runs_with_other_options_are_not_taken_for_these(tmp_path, miniature_mod
     reproduce.keep_options(options(miniature_models, tmp_path, "--jobs", "1"), *names)
     with pytest.raises(UserError, match="--max_train_steps 20: the runs in .* had 500"):
         reproduce.keep_options(options(miniature_models, tmp_path, "--max_train_steps", "20"), *names)
+    # Another script's folder has other options noted, and keeps these.
+    reproduce.keep_options(options(miniature_models, tmp_path), "concepts")
+    with pytest.raises(UserError, match="--train_batch_size 2: the runs in .* had 4"):
+        reproduce.keep_options(options(miniature_models, tmp_path, "--train_batch_size", "2"), *names)
 
 
 def test_a_failed_run_ends_it_with_the_runs_own_words(miniature_models, tmp_path):

@@ -206,6 +206,7 @@ def test_the_web_file_holds_the_same_and_says_what_it_is(train):
     assert metadata["modelspec.trigger_phrase"] == "<my-pot>"
     assert metadata["dti.base_model"] == "sdxl"  # a local folder's path is nobody else's business
     assert metadata["dti.kappa"] == "0.0001" and metadata["dti.steps"] == "4"
+    assert metadata["dti.learning_rate"] == "0.005" and metadata["dti.lr_scheduler"] == "constant"
 
 
 def test_pooling_at_the_highest_id_is_blind_to_the_rest_of_the_prompt(train, small):

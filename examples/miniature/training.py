@@ -198,18 +198,11 @@ def psnr(mse):
 # 4. Tokenizer
 
 
-def byte_symbols():
-    """CLIP's 256 printable stand-ins for bytes, in its order: "!" has id 0."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    return [chr(b) for b in plain] + [chr(256 + i) for i in range(len(rest))]
-
-
 @cache
 def vocabulary_and_merges():
     """As CLIP orders it: bytes, bytes that end a word, merges, start, end. The end token has the highest id, on which
     pooling at the highest id relies."""
-    from make_small_sdxl import learn_merges
+    from make_small_sdxl import byte_symbols, learn_merges
 
     symbols = byte_symbols()
     merges = learn_merges([[*word[:-1], word[-1] + "</w>"] for word in world.vocabulary()])
