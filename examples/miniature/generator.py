@@ -386,6 +386,13 @@ def evenly(t):
     return torch.exp((t.float() - 500) / 250)
 
 
+def emphasis(things):
+    """Weights (batch, 1, side, side) of mean 1: most of a picture is its place, which is soon learned, so what stands
+    there, `things` (batch, side, side), counts five times as much."""
+    weights = 1 + 4 * things[:, None]
+    return weights / weights.mean()
+
+
 def train_unet(args):
     torch.manual_seed(args.seed)
     unet = new_unet().to(args.device)
@@ -411,9 +418,7 @@ def train_unet(args):
         noise, t = torch.randn_like(clean), timesteps(len(clean)).to(args.device)
         added = {"text_embeds": pooled, "time_ids": time_ids.expand(len(clean), -1)}
         output = unet(noising.add_noise(clean, noise, t), t, context, added_cond_kwargs=added).sample
-        # Most of a picture is its place, which is soon learned: what stands there counts five times as much.
-        weights = 1 + 4 * tensor(things[index])[:, None]
-        weights = weights / weights.mean() * evenly(t)[:, None, None, None]
+        weights = emphasis(tensor(things[index])) * evenly(t)[:, None, None, None]
         return ((output.float() - noise).square() * weights).mean(), {}
 
     fit("unet", unet, loss_of, args, lr=8e-4, ema=0.9985)
