@@ -51,7 +51,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """What a comparison of trainings needs, whatever it compares: sweep.py has the same."""
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
-    add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with sdxl, siglip, dinov2 and classifiers.")
+    add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with the pipeline, siglip, dinov2 and classifiers.")
     add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
     add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
@@ -78,7 +78,7 @@ def command_line() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
-    check_models(args.models)
+    args.pipeline = check_models(args.models, "sdxl")
     check_concepts(max(args.concepts, args.ablation_concepts))
     return args
 
@@ -90,11 +90,15 @@ def check_concepts(count: int) -> None:
         raise UserError(f"--concepts {count}: the world has {available} subjects among its concepts.")
 
 
-def check_models(folder: Path) -> None:
-    """Refuse a folder that lacks a model. Raises UserError."""
-    for name in ("sdxl/model_index.json", "siglip/config.json", "dinov2/config.json", "classifiers/model.safetensors"):
+JUDGES = ("siglip/config.json", "dinov2/config.json", "classifiers/model.safetensors")
+
+
+def check_models(folder: Path, model: str) -> Path:
+    """The pipeline's folder. Raises UserError for a folder that lacks it or a judge."""
+    for name in (f"{model}/model_index.json", *JUDGES):
         if not (folder / name).is_file():
             raise UserError(f"--models {folder} has no {name}: give the folder that train_models.py has filled.")
+    return folder / model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
 def training_command(item: Run, args: argparse.Namespace, mean: float) -> list[str]:
     concept = miniature("world").CONCEPTS[item.concept]
     options = {
-        "pretrained_model_name_or_path": args.models / "sdxl",
+        "pretrained_model_name_or_path": args.pipeline,
         "instance_data_dir": args.output_dir / "concepts" / item.concept,
         "placeholder_token": f"<{item.concept}>",
         "initializer_token": concept.initializer,
@@ -274,7 +278,7 @@ def keep_options(args: argparse.Namespace, *names: str) -> None:
 def train_all(runs: list[Run], args: argparse.Namespace) -> None:
     keep_options(args, "max_train_steps", "train_batch_size")
     write_photographs(runs, args)
-    means = [m["mean"] for m in magnitudes(str(args.models / "sdxl")).values()]
+    means = [m["mean"] for m in magnitudes(str(args.pipeline)).values()]
     missing = [item for item in runs if not (item.folder(args) / "learned_embeds.safetensors").is_file()]
 
     def train(item: Run) -> None:
@@ -336,7 +340,7 @@ def evaluate_concept(task: tuple[Setting, str, list[Run]], args: argparse.Namesp
         writer.writerow([concept, item.label, item.folder(args), pictures, word])
     write_files({folder / "table.csv": rows.getvalue().encode()})
     options = {
-        "pretrained_model_name_or_path": args.models / "sdxl",
+        "pretrained_model_name_or_path": args.pipeline,
         "table": folder / "table.csv",
         "output_dir": folder,
         "prompts": args.prompts,
@@ -455,7 +459,7 @@ def facts_of(args: argparse.Namespace) -> dict[str, str]:
         "commit": commit(),
         "machine": f"{machine}, {platform.machine()}",
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}",
-        "sampling": f"{args.num_inference_steps} DDIM steps, seeds {seeds} of each prompt, dtype {args.dtype}",
+        "sampling": f"{args.num_inference_steps} steps of the paper's sampler, seeds {seeds} of each prompt, dtype {args.dtype}",
     }
 
 

@@ -5,10 +5,10 @@
     python examples/sweep.py --output_dir sweep --steps 60 --total_angles 5 10 --schedules linear \
       --variants "plain=" "batch 8=--train_batch_size=8"
 
-Every combination is trained on each concept from each seed by train_many.py, that is by train_dti_sdxl.py with the models
-loaded once, beside the paper's setting (500 steps at 5e-3, constant). evaluate.py scores them: the subject by the image score
-at the first guidance scale, the prompts by the share of attributes that are right at the last one, where the differences
-are larger. What is finished is not done again, so that a coarse sweep can be refined.
+Every combination is trained on each concept from each seed by train_many.py, that is by the model's training script with
+the models loaded once, beside the paper's setting for the model. evaluate.py scores them: the subject by the image score at
+the first guidance scale, the prompts by the share of attributes that are right at the last one, where the differences are
+larger. What is finished is not done again, so that a coarse sweep can be refined.
 
 Written to --output_dir: `report.md` and `report.json` with every setting's scores and its differences from the paper's,
 and `fronts.png`, image against text for each number of steps.
@@ -31,7 +31,6 @@ from export import UserError, make_parser, run, write_files
 from generate import number as at_least
 from reproduce import (
     EXAMPLES,
-    SCRIPT,
     Method,
     Run,
     add_common_options,
@@ -59,11 +58,15 @@ def named_options(text: str) -> tuple[str, str]:
     return name, options
 
 
+PAPERS = {"sdxl": (500, 0.005), "sana": (1000, 0.02)}  # steps and learning rate, which is constant
+
+
 # fmt: off
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add_common_options(parser)
     add = parser.add_argument
+    add("--model", choices=PAPERS, default="sdxl", help="Whose training script and folder.")
     add("--steps", type=at_least(int, 1), nargs="+", default=[30, 60, 125, 250, 500])
     add("--total_angles", type=at_least(float, 0), nargs="+", default=[2.5, 5.0, 10.0, 20.0], metavar="RADIANS", help="Learning rate times steps: how far a constant rate would turn the token if it always turned one way. Paper: 2.5.")
     add("--schedules", nargs="+", default=["constant", "linear", "cosine"], help="Of --lr_scheduler.")
@@ -80,7 +83,8 @@ def command_line() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
-    check_models(args.models)
+    args.pipeline = check_models(args.models, args.model)
+    args.script = EXAMPLES.parent / f"train_dti_{args.model}.py"
     check_concepts(args.concepts)
     args.prompts, args.ablation_concepts = "world", 0  # whose attributes can be judged; no stock pooling
     return args
@@ -90,14 +94,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # 2. Settings
 # ----------------------------------------------------------------------------------------------------------------------
 
-PAPER = Method(
-    "paper: 500 steps, 0.005 constant", "--max_train_steps=500 --learning_rate=0.005 --lr_scheduler=constant"
-)
-
 
 def settings_of(args: argparse.Namespace) -> dict[Method, int]:
     """Every setting as reproduce.py's method, with its number of steps; the paper's first."""
-    found = {PAPER: 500}
+    steps, rate = PAPERS[args.model]
+    words = f"--max_train_steps={steps} --learning_rate={rate} --lr_scheduler=constant"
+    found = {Method(f"paper: {steps} steps, {rate} constant", words): steps}
     grid = itertools.product(args.steps, args.total_angles, args.schedules, args.variants)
     for steps, angle, schedule, (variant, options) in grid:
         rate = float(f"{angle / steps:.2g}")
@@ -129,21 +131,21 @@ def check_runs(runs: list[Run], args: argparse.Namespace) -> None:
     """Let the script look at every run's options before anything is trained. Raises UserError."""
     rows = [subject_row(item, args) for item in runs]
     options = [[f"--{k}={v}" for k, v in row.items() if k != "name"] for row in rows]
-    common = [f"--pretrained_model_name_or_path={args.models / 'sdxl'}"]
-    check_configurations(load_script(SCRIPT), [common + words for words in options])
+    common = [f"--pretrained_model_name_or_path={args.pipeline}"]
+    check_configurations(load_script(args.script), [common + words for words in options])
 
 
 def train(runs: list[Run], args: argparse.Namespace) -> None:
     """Train what is not finished, the runs shared by --jobs processes. Raises UserError."""
-    keep_options(args, "num_vectors", "train_batch_size")
+    keep_options(args, "model", "num_vectors", "train_batch_size")
     write_photographs(runs, args)
     write_files({args.output_dir / "runs.json": json.dumps([subject_row(item, args) for item in runs]).encode()})
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.jobs)]
     options = {
-        "script": SCRIPT,
+        "script": args.script,
         "subjects": args.output_dir / "runs.json",
         "output_dir": args.output_dir / "runs",
-        "pretrained_model_name_or_path": args.models / "sdxl",
+        "pretrained_model_name_or_path": args.pipeline,
         "resolution": miniature("world").SIZE,
         "train_batch_size": args.train_batch_size,
         "num_vectors": args.num_vectors,
@@ -164,10 +166,10 @@ def train(runs: list[Run], args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def scores(strong: list[dict], weak: list[dict], method: str) -> dict:
+def scores(strong: list[dict], weak: list[dict], method: str, paper: str) -> dict:
     """The two scores of a setting, and their differences from the paper's, with intervals over the concepts."""
     image, said = (interval(concept_means(r, method, m).values()) for r, m in ((strong, "image"), (weak, "said")))
-    differences = {m: paired(r, m, method, PAPER.name) for r, m in ((strong, "image"), (weak, "said"))}
+    differences = {m: paired(r, m, method, paper) for r, m in ((strong, "image"), (weak, "said"))}
     return {"setting": method, "image": image, "said": said, "differences": differences}
 
 
@@ -201,7 +203,7 @@ def draw_fronts(rows: dict[int, list[dict]], paper: dict) -> bytes:
         front = sorted((row for row in mine if on_front(row, mine)), key=lambda row: row["said"]["mean"])
         plot(mine, ".", color=f"C{number}", alpha=0.4)
         plot(front, "o-", color=f"C{number}", label=f"{steps} steps")
-    plot([paper], "k*", markersize=12, label="paper's setting, 500 steps")
+    plot([paper], "k*", markersize=12, label=paper["setting"])
     axes.set(xlabel="attributes of the prompt that are right", ylabel="image score")
     axes.legend()
     FigureCanvasAgg(figure).print_png(content := io.BytesIO())
@@ -225,9 +227,10 @@ def table(rows: list[dict], paper: dict) -> str:
 def write_report(records: dict[str, list[dict]], settings: dict[Method, int], args: argparse.Namespace) -> Path:
     first, last = args.guidance_scales[0], args.guidance_scales[-1]
     strong, weak = records[f"guidance-{first:g}"], records[f"guidance-{last:g}"]
-    rows = {method: scores(strong, weak, method.name) for method in settings}
+    baseline = next(iter(settings))
+    rows = {method: scores(strong, weak, method.name, baseline.name) for method in settings}
     facts = facts_of(args) | {"training": f"{args.num_vectors} vectors, batch {args.train_batch_size}"}
-    paper = rows.pop(PAPER)
+    paper = rows.pop(baseline)
     by_steps = {n: [row for m, row in rows.items() if settings[m] == n] for n in args.steps}
     parts = ["# Steps, learning rate and schedule in miniature", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
     parts += [

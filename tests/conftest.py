@@ -79,8 +79,10 @@ def miniature_models(small, judges, tmp_path) -> Path:
     """A folder as the miniature's train_models.py fills it, with small random models in it."""
     folder = tmp_path / "models"
     (folder / "classifiers").mkdir(parents=True)
-    for name, source in (("sdxl", small / "sdxl"), ("siglip", judges / "siglip"), ("dinov2", judges / "dino")):
-        (folder / name).symlink_to(source)
+    for name in ("sdxl", "sana"):
+        (folder / name).symlink_to(small / name)
+    (folder / "siglip").symlink_to(judges / "siglip")
+    (folder / "dinov2").symlink_to(judges / "dino")
     state = {name: x.half().contiguous() for name, x in miniature("judges").Classifiers().state_dict().items()}
     save_file(state, folder / "classifiers" / "model.safetensors")
     return folder

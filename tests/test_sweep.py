@@ -25,7 +25,7 @@ def test_every_setting_is_one_that_the_script_understands(options):
         row = sweep.subject_row(reproduce.Run(method, "zebra_star", 1), args)
         argv = [f"--{k}={v}" for k, v in row.items() if k != "name"]
         given[method.name] = script.parse_args([*argv, "--output_dir=x", "--pretrained_model_name_or_path=x"])
-    paper = given[sweep.PAPER.name]
+    paper = given[next(iter(settings)).name]
     assert (paper.max_train_steps, paper.learning_rate, paper.lr_scheduler) == (500, 0.005, "constant")
     other = given["60 steps, 0.08 linear, batch 8"]
     assert (other.max_train_steps, other.learning_rate, other.lr_scheduler) == (60, 0.08, "linear")
@@ -65,11 +65,17 @@ def test_better_is_better_by_one_score_and_not_worse_by_the_other():
 
 
 @pytest.mark.slow
-def test_a_small_sweep_trains_scores_and_reports(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "PAPER", reproduce.Method("paper", "--max_train_steps=3"))
-    grid = "--steps 2 --total_angles 0.04 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1"
+@pytest.mark.parametrize("model", sweep.PAPERS)
+def test_a_small_sweep_trains_scores_and_reports(options, tmp_path, monkeypatch, model):
+    monkeypatch.setitem(sweep.PAPERS, model, (3, 0.02))
+    grid = f"--model {model} --steps 2 --total_angles 0.04 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1"
     sweep.main(options(*grid.split()))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [setting["setting"] for setting in report["settings"]] == ["paper", "2 steps, 0.02 constant"]
+    assert [setting["setting"] for setting in report["settings"]] == [
+        "paper: 3 steps, 0.02 constant",
+        "2 steps, 0.02 constant",
+    ]
     assert all(setting["image"]["n"] == setting["said"]["n"] == 2 for setting in report["settings"])
     assert (tmp_path / "out" / "fronts.png").stat().st_size > 5000
+    noted = next((tmp_path / "out" / "runs").rglob("training_options.json")).read_text()
+    assert json.loads(noted)["options"]["pretrained_model_name_or_path"].endswith(f"/{model}")
