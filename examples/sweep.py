@@ -58,7 +58,7 @@ def named_options(text: str) -> tuple[str, str]:
     return name, options
 
 
-PAPERS = {"sdxl": (500, 0.005), "sana": (1000, 0.02)}  # steps and learning rate, which is constant
+PAPERS = {"sdxl": (500, 0.005), "sana": (1000, 0.02)}  # steps and constant learning rate
 
 
 # fmt: off
@@ -66,7 +66,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add_common_options(parser)
     add = parser.add_argument
-    add("--model", choices=PAPERS, default="sdxl", help="Whose training script and folder.")
+    add("--model", choices=PAPERS, default="sdxl", help="The pipeline's folder in --models, and the script that trains on it.")
     add("--steps", type=at_least(int, 1), nargs="+", default=[30, 60, 125, 250, 500])
     add("--total_angles", type=at_least(float, 0), nargs="+", default=[2.5, 5.0, 10.0, 20.0], metavar="RADIANS", help="Learning rate times steps: how far a constant rate would turn the token if it always turned one way. Paper: 2.5.")
     add("--schedules", nargs="+", default=["constant", "linear", "cosine"], help="Of --lr_scheduler.")
@@ -229,7 +229,8 @@ def write_report(records: dict[str, list[dict]], settings: dict[Method, int], ar
     strong, weak = records[f"guidance-{first:g}"], records[f"guidance-{last:g}"]
     baseline = next(iter(settings))
     rows = {method: scores(strong, weak, method.name, baseline.name) for method in settings}
-    facts = facts_of(args) | {"training": f"{args.num_vectors} vectors, batch {args.train_batch_size}"}
+    training = f"{args.script.name}, {args.num_vectors} vectors, batch {args.train_batch_size}"
+    facts = facts_of(args) | {"training": training}
     paper = rows.pop(baseline)
     by_steps = {n: [row for m, row in rows.items() if settings[m] == n] for n in args.steps}
     parts = ["# Steps, learning rate and schedule in miniature", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
