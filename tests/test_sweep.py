@@ -48,6 +48,14 @@ def test_what_no_run_understands_is_said_before_any_is_trained(options, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_another_models_runs_are_not_taken_for_these(options, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "options.json").write_text('{"model": "sdxl"}')
+    with pytest.raises(UserError, match="--model sana: the runs in .* had sdxl"):
+        sweep.main(options(*"--model sana --steps 2 --total_angles 0.04 --schedules linear".split()))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def row(image: float, said: float) -> dict:
     return {"image": {"mean": image}, "said": {"mean": said}}
 
