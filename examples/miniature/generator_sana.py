@@ -212,6 +212,7 @@ def new_transformer():
         num_layers=6, num_attention_heads=7, attention_head_dim=32,
         num_cross_attention_heads=7, cross_attention_head_dim=32, cross_attention_dim=7 * 32,
         caption_channels=TEXT_WIDTH, qk_norm="rms_norm_across_heads",
+        interpolation_scale=1,  # sine and cosine of the position, as in SANA for 2048 pixels: what stands where
     )  # fmt: skip
 
 
