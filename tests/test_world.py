@@ -61,6 +61,18 @@ def test_relation_is_where_the_subject_is(relation):
         assert {"left": dx < -8, "right": dx > 8, "above": dy < -8, "below": dy > 8}[relation]
 
 
+@pytest.mark.parametrize("relation", world.RELATIONS)
+def test_what_changes_with_a_things_colour_is_where_it_stands(relation):
+    scene = world.Scene(world.Subject("square", "red"), "snow", other=("circle", "blue"), relation=relation)
+    others = replace(scene, subject=replace(scene.subject, colour="green")), replace(scene, other=("circle", "orange"))
+    for seed in range(10):
+        before = np.asarray(world.render(scene, seed), int)
+        for (x, y, radius), other in zip(world.standing(scene, seed), others, strict=True):
+            rows, columns = np.nonzero(np.abs(before - np.asarray(world.render(other, seed), int)).max(-1) > 30)
+            assert abs(columns.mean() - x) < 2 and abs(rows.mean() - y) < 2
+            assert radius / 2 < np.abs(columns - x).max() < radius + 2
+
+
 def test_captions_say_what_is_there():
     for seed in SEEDS:
         scene = world.sample_scene(seed)

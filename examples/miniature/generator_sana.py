@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from generator import CAPTIONS, TEXT_LENGTH, contrast, crops, emphasis, naming, parts, shared_array, update_size
+from generator import CAPTIONS, TEXT_LENGTH, contrast, crops, naming, parts, shared_array, update_size
 from torch import nn
 from training import (
     SPLITS,
@@ -180,7 +180,7 @@ def embed_texts(texts, gemma, tokenizer):
 
 @torch.no_grad()
 def train_encode(args):
-    """Latents of all pictures, and embeddings and lengths of all captions, once."""
+    """Latents of all pictures with where their things are, and embeddings and lengths of all captions, once."""
     from diffusers import AutoencoderDC
 
     autoencoder = AutoencoderDC.from_pretrained(args.output_dir / "sana" / "vae").to(args.device).eval()
@@ -189,6 +189,7 @@ def train_encode(args):
     latents = shared_array("sana_latents", (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), args)
     contexts = shared_array("sana_contexts", (CAPTIONS, TEXT_LENGTH, TEXT_WIDTH), args)
     lengths = shared_array("sana_lengths", (CAPTIONS,), args)
+    squares = shared_array("sana_squares", (LATENT_SIDE, LATENT_SIDE), args)
     for part in parts():
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
         texts = [world.caption(world.sample_scene(s), s * 1000 + k)[0] for s in seeds for k in range(CAPTIONS)]
@@ -198,6 +199,19 @@ def train_encode(args):
         latents[part] = (encoded.float() * autoencoder.config.scaling_factor).cpu()
         contexts[part] = states.float().cpu().unflatten(0, (-1, CAPTIONS))
         lengths[part] = mask.sum(1).cpu().unflatten(0, (-1, CAPTIONS))
+        squares[part] = np.stack([squares_of(world.standing(world.sample_scene(s), s)) for s in seeds])
+
+
+def squares_of(standing):
+    """The squares (side, side) about the subject and the second object, the smaller the higher: each has a mean of 1."""
+    edges = np.arange(LATENT_SIDE + 1) * (world.SIZE // LATENT_SIDE)
+    squares = np.zeros((LATENT_SIDE, LATENT_SIDE), np.float32)
+    for x, y, radius in standing:
+        reach = radius + 2  # the outline too
+        rows, columns = (np.diff(np.clip(edges, centre - reach, centre + reach)) for centre in (y, x))
+        square = np.outer(rows, columns)
+        squares += square / square.mean()
+    return squares
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,13 +233,15 @@ def new_transformer():
 def train_transformer(args):
     """Flow matching: x_t = (1 - t) x + t noise, the target noise - x.
 
-    The times are logit-normal about 0.69, not 0.5: between 0.5 and 0.9 the caption's shapes and colours are decided.
+    The times are logit-normal about 0.69, not 0.5: between 0.5 and 0.9 the caption's shapes and colours are decided. The
+    subject and the second object count as much as the whole picture each, for a small thing has few latents.
     """
     torch.manual_seed(args.seed)
     transformer = new_transformer().to(args.device)
     predict = torch.compile(transformer, dynamic=False) if args.compile else transformer
-    names = ("sana_latents", "things", "sana_contexts", "sana_lengths")
-    latents, things, contexts, lengths = (np.load(args.runs_dir / f"{name}.npy", mmap_mode="r") for name in names)
+    names = ("sana_latents", "things", "sana_squares", "sana_contexts", "sana_lengths")
+    arrays = (np.load(args.runs_dir / f"{name}.npy", mmap_mode="r") for name in names)
+    latents, things, squares, contexts, lengths = arrays
     empty, _ = embed_texts([""], *load_gemma(args))
     positions = torch.arange(TEXT_LENGTH, device=args.device)
 
@@ -242,7 +258,8 @@ def train_transformer(args):
         noise, t = torch.randn_like(clean), torch.sigmoid(0.8 + torch.randn(len(clean), device=args.device))
         noisy = torch.lerp(clean, noise, t[:, None, None, None])
         output = predict(noisy, context, timestep=1000 * t, encoder_attention_mask=mask).sample
-        weights = emphasis(F.avg_pool2d(tensor(things[index]), 2))
+        weights = 1 + 2 * F.avg_pool2d(tensor(things[index]), 2) + tensor(squares[index])
+        weights = (weights / weights.mean())[:, None]
         return ((output.float() - (noise - clean)).square() * weights).mean(), {}
 
     fit("transformer", transformer, loss_of, args, lr=8e-4, ema=0.9985)

@@ -61,7 +61,7 @@ STAGES = {
 }
 
 STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 13000, "dinov2": 2500, "siglip": 1400}
-STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 31_200}
+STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 43_400}
 
 
 def parse_args(argv=None):

@@ -62,6 +62,7 @@ COLOURS = {
 }
 PATTERNS = ("plain", "striped", "spotted", "checkered", "split")
 SIZES = {"small": 11, "medium": 14, "large": 17}  # the subject's radius in pixels
+OTHER_SIZE = 8  # the second object's
 PLACES = ("grass", "water", "snow", "night", "beach", "forest", "brick", "sunset", "city", "mountains")
 PROPS = ("hat", "balloon", "flag", "umbrella", "block")
 RELATIONS = ("left", "right", "above", "below")  # where the subject is, seen from the second object
@@ -403,9 +404,9 @@ def _box(x, y, side):
 
 
 def draw_other(canvas, shape, colour, x, y):
-    for polygon in place_outline(shape, x, y, 8):
+    for polygon in place_outline(shape, x, y, OTHER_SIZE):
         canvas.polygon(polygon, INK, outline=True)
-    for polygon in place_outline(shape, x, y, 8):
+    for polygon in place_outline(shape, x, y, OTHER_SIZE):
         canvas.polygon(polygon, canvas.near(COLOURS[colour]))
 
 
@@ -601,6 +602,14 @@ def render(scene, seed, empty=False):
         draw_things(canvas, scene, rng)
     picture = canvas.finish()
     return _toned(picture, scene.tone) if scene.tone else picture
+
+
+def standing(scene, seed):
+    """Where a picture's subject and, if there is one, its second object stand: (x, y, radius) of each, in pixels."""
+    rng = generator(seed, "picture")
+    DRAW_PLACE[scene.place](Canvas(scene.style), rng)
+    x, y, _, other = layout(scene, rng)
+    return [(x, y, SIZES[scene.subject.size])] + ([(*other, OTHER_SIZE)] if other else [])
 
 
 def draw_things(canvas, scene, rng):
