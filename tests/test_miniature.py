@@ -30,6 +30,7 @@ def few_pictures():
         patch.setattr(generator, "ENCODED", 50)
         for split, count in counts.items():
             patch.setitem(training.SPLITS, split, (training.SPLITS[split][0], count))
+        patch.setitem(training.SPLITS, "autoencoded_sana", (training.SPLITS["classifiers"][0] + 32, 32))
         yield
 
 

@@ -209,21 +209,31 @@ def load_classifiers(folder=HERE / "classifiers"):
     return model.eval()
 
 
+def load_autoencoders(args):
+    """Both generators' autoencoders, by the split that holds what they make of pictures."""
+    from diffusers import AutoencoderDC, AutoencoderKL
+
+    folders = {
+        "autoencoded": (AutoencoderKL, args.output_dir / "sdxl" / "vae"),
+        "autoencoded_sana": (AutoencoderDC, args.output_dir / "sana" / "vae"),
+    }
+    return {k: cls.from_pretrained(folder).to(args.device).eval() for k, (cls, folder) in folders.items()}
+
+
 @torch.no_grad()
 def autoencode_pictures(args):
-    """Some of the classifiers' pictures through the autoencoder, on disk: what the generator draws has its blur."""
-    from diffusers import AutoencoderKL
-
-    path, count = args.runs_dir / "autoencoded.npy", SPLITS["autoencoded"][1]
-    if path.exists():
-        return
-    vae = AutoencoderKL.from_pretrained(args.output_dir / "sdxl" / "vae").to(args.device).eval()
-    rendered, decoded = pictures_of("classifiers", args.runs_dir), []
-    for start in range(0, count, 25):
-        pictures = to_tensor(rendered[start : start + 25]).to(args.device)
-        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
-            decoded.append(((vae(pictures).sample.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
-    np.save(path, torch.cat(decoded).permute(0, 2, 3, 1).numpy())
+    """Some of the classifiers' pictures through each autoencoder, on disk: what a generator draws has its blur."""
+    rendered = pictures_of("classifiers", args.runs_dir)
+    for split, autoencoder in load_autoencoders(args).items():
+        path, (first, count) = args.runs_dir / f"{split}.npy", SPLITS[split]
+        if path.exists():
+            continue
+        start, decoded = first - SPLITS["classifiers"][0], []
+        for i in range(start, start + count, 25):
+            pictures = to_tensor(rendered[i : i + 25]).to(args.device)
+            with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+                decoded.append(((autoencoder(pictures).sample.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+        np.save(path, torch.cat(decoded)[:count].permute(0, 2, 3, 1).numpy())
 
 
 def train_classifiers(args):
@@ -233,8 +243,9 @@ def train_classifiers(args):
     autoencode_pictures(args)
 
     def loss_of(step, rng):
-        halves = [batch_of(split, rng, 32, args) for split in ("classifiers", "autoencoded")]
-        seeds, pictures = np.concatenate([s for s, _ in halves]), torch.cat([p for _, p in halves])
+        kinds = {"classifiers": 22, "autoencoded": 21, "autoencoded_sana": 21}
+        parts = [batch_of(split, rng, size, args) for split, size in kinds.items()]
+        seeds, pictures = np.concatenate([s for s, _ in parts]), torch.cat([p for _, p in parts])
         targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
         features = model.features(disturb(pictures, rng))
         right = accuracy(model.heads, features, targets)
@@ -253,16 +264,13 @@ def train_classifiers(args):
 
 @torch.no_grad()
 def check_classifiers(model, args):
-    """Accuracy on the judges' seeds, rendered and through the autoencoder: what a perfect UNet would get."""
+    """Accuracy on the judges' seeds, rendered and through each autoencoder: what a perfect generator would get."""
     seeds, pictures = batch_of("judges", world.generator(1, "check"), 600, args)
     targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
     report = {"rendered": accuracy(model.heads, model.features(pictures), targets)}
-    if (args.output_dir / "sdxl" / "vae").exists():
-        from diffusers import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(args.output_dir / "sdxl" / "vae").to(args.device).eval()
-        decoded = torch.cat([vae(part).sample.clamp(-1, 1) for part in pictures.split(25)])
-        report["autoencoded"] = accuracy(model.heads, model.features(decoded), targets)
-        report["autoencoder"] = {"psnr": round(psnr((decoded - pictures).pow(2).mean()), 2)}
+    for split, autoencoder in load_autoencoders(args).items():
+        decoded = torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in pictures.split(25)])
+        report[split] = accuracy(model.heads, model.features(decoded), targets)
+        report[split]["psnr"] = round(psnr((decoded - pictures).pow(2).mean()), 2)
     (args.output_dir / "classifiers" / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report), flush=True)

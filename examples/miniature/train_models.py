@@ -14,11 +14,12 @@ What each stage makes, and from what:
     clip        two CLIP text encoders and their tokenizers, contrastively against pictures, then frozen
     encode      latents and text embeddings of the generator's pictures and captions, and where their things are, once
     unet        UNet2DConditionModel with SDXL's added conditions, by predicting noise
-    classifiers one small convolutional net that reads every attribute off a picture
+    sana_vae    AutoencoderDC, 64x64 pixels to 8x8 latents of 32 channels
+    classifiers one small convolutional net that reads every attribute off a picture, also after either autoencoder
     dinov2      Dinov2Model, whose class feature tells subjects apart
     siglip      SiglipModel, pictures against captions
-    sana_vae, gemma, sana_encode, transformer
-                the same for a generator in SANA's format, `sana/` (SanaPipeline), on the same pictures
+    gemma, sana_encode, transformer
+                the rest of a generator in SANA's format, `sana/` (SanaPipeline), on the same pictures
 
 `world.py` draws the pictures, `training.py` holds the loop, `generator.py`, `generator_sana.py` and `judges.py` the models.
 """
@@ -51,16 +52,16 @@ STAGES = {
     "clip": generator.train_clip,
     "encode": generator.train_encode,
     "unet": generator.train_unet,
+    "sana_vae": generator_sana.train_autoencoder,
     "classifiers": judges.train_classifiers,
     "dinov2": judges.train_dinov2,
     "siglip": judges.train_siglip,
-    "sana_vae": generator_sana.train_autoencoder,
     "gemma": generator_sana.train_gemma,
     "sana_encode": generator_sana.train_encode,
     "transformer": generator_sana.train_transformer,
 }
 
-STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 13000, "dinov2": 2500, "siglip": 1400}
+STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 18000, "dinov2": 2500, "siglip": 1400}
 STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 43_400}
 
 
