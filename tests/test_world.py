@@ -11,6 +11,7 @@ import pytest
 MINIATURE = Path(__file__).resolve().parents[1] / "examples" / "miniature"
 sys.path.insert(0, str(MINIATURE))
 
+import generator_sana  # noqa: E402
 import world  # noqa: E402
 
 
@@ -71,6 +72,17 @@ def test_what_changes_with_a_things_colour_is_where_it_stands(relation):
             rows, columns = np.nonzero(np.abs(before - np.asarray(world.render(other, seed), int)).max(-1) > 30)
             assert abs(columns.mean() - x) < 2 and abs(rows.mean() - y) < 2
             assert radius / 2 < np.abs(columns - x).max() < radius + 2
+
+
+def test_a_thing_weighs_the_same_however_small_and_where_it_stands():
+    small, large = (generator_sana.squares_of([(20, 44, world.SIZES[size])]) for size in ("small", "large"))
+    centres = np.arange(4, world.SIZE, 8)
+    for squares in (small, large):
+        assert squares.mean() == pytest.approx(1)
+        assert np.average(centres, weights=squares.sum(0)) == pytest.approx(20, abs=1)
+        assert np.average(centres, weights=squares.sum(1)) == pytest.approx(44, abs=1)
+    assert small.max() > 1.5 * large.max()
+    assert generator_sana.squares_of([(20, 44, 11), (50, 30, 8)]).mean() == pytest.approx(2)
 
 
 def test_captions_say_what_is_there():
