@@ -55,6 +55,14 @@ def disturb(pictures, rng):
     return (pictures * (0.92 + 0.16 * light)).clamp(-1, 1)
 
 
+def shift(pictures, rng, most=3):
+    """Each picture moved by up to `most` pixels either way; the edge repeats itself."""
+    side = pictures.shape[-1]
+    padded = F.pad(pictures, (most,) * 4, mode="replicate")
+    corners = rng.integers(0, 2 * most + 1, (len(pictures), 2))
+    return torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, corners, strict=True)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. SigLIP
 
@@ -222,8 +230,10 @@ def load_autoencoders(args):
 
 @torch.no_grad()
 def autoencode_pictures(args):
-    """Some of the classifiers' pictures through each autoencoder, on disk: what a generator draws has its blur."""
+    """Some of the classifiers' pictures through each autoencoder, on disk: what a generator draws has its blur, and
+    noise on the latents (up to half their deviation) makes the crooked edges and blotches of one that errs a little."""
     rendered = pictures_of("classifiers", args.runs_dir)
+    torch.manual_seed(args.seed)
     for split, autoencoder in load_autoencoders(args).items():
         path, (first, count) = args.runs_dir / f"{split}.npy", SPLITS[split]
         if path.exists():
@@ -231,9 +241,18 @@ def autoencode_pictures(args):
         start, decoded = first - SPLITS["classifiers"][0], []
         for i in range(start, start + count, 25):
             pictures = to_tensor(rendered[i : i + 25]).to(args.device)
+            noise = 0.5 * torch.rand(len(pictures), 1, 1, 1, device=args.device)
             with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
-                decoded.append(((autoencoder(pictures).sample.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+                decoded.append((autoencode(autoencoder, pictures, noise) + 1).mul(127.5).round().byte().cpu())
         np.save(path, torch.cat(decoded)[:count].permute(0, 2, 3, 1).numpy())
+
+
+def autoencode(autoencoder, pictures, noise=0.0):
+    """Pictures (batch, 3, side, side) from -1 to 1 and back, with noise of this share of the latents' deviation."""
+    encoded = autoencoder.encode(pictures)
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    latents = latents + noise / autoencoder.config.scaling_factor * torch.randn_like(latents)
+    return autoencoder.decode(latents).sample.float().clamp(-1, 1)
 
 
 def train_classifiers(args):
@@ -247,7 +266,7 @@ def train_classifiers(args):
         parts = [batch_of(split, rng, size, args) for split, size in kinds.items()]
         seeds, pictures = np.concatenate([s for s, _ in parts]), torch.cat([p for _, p in parts])
         targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
-        features = model.features(disturb(pictures, rng))
+        features = model.features(disturb(shift(pictures, rng), rng))
         right = accuracy(model.heads, features, targets)
         return model.heads.loss(features, targets), {k: right[k] for k in ("shape", "colour", "pattern")}
 
@@ -269,7 +288,7 @@ def check_classifiers(model, args):
     targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
     report = {"rendered": accuracy(model.heads, model.features(pictures), targets)}
     for split, autoencoder in load_autoencoders(args).items():
-        decoded = torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in pictures.split(25)])
+        decoded = torch.cat([autoencode(autoencoder, part) for part in pictures.split(25)])
         report[split] = accuracy(model.heads, model.features(decoded), targets)
         report[split]["psnr"] = round(psnr((decoded - pictures).pow(2).mean()), 2)
     (args.output_dir / "classifiers" / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")

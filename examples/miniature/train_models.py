@@ -61,7 +61,7 @@ STAGES = {
     "transformer": generator_sana.train_transformer,
 }
 
-STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 18000, "dinov2": 2500, "siglip": 1400}
+STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 26_000, "dinov2": 2500, "siglip": 1400}
 STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 43_400}
 
 

@@ -149,9 +149,9 @@ def save_half(model, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Pictures
 
-# First seed and number of pictures. The autoencoded ones are some of the classifiers', with an autoencoder's blur.
-RENDERED = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 100_000)}
-SPLITS = RENDERED | {"autoencoded": (20_000_000, 30_000), "autoencoded_sana": (20_030_000, 30_000)}
+# First seed and number of pictures. The autoencoded ones are some of the classifiers', as a generator may draw them.
+RENDERED = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 300_000)}
+SPLITS = RENDERED | {"autoencoded": (20_000_000, 40_000), "autoencoded_sana": (20_040_000, 40_000)}
 
 
 def render_split(split, args):
