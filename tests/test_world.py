@@ -74,15 +74,15 @@ def test_what_changes_with_a_things_colour_is_where_it_stands(relation):
             assert radius / 2 < np.abs(columns - x).max() < radius + 2
 
 
-def test_a_thing_weighs_the_same_however_small_and_where_it_stands():
+def test_a_thing_weighs_the_more_the_smaller_it_is_and_where_it_stands():
     small, large = (generator_sana.squares_of([(20, 44, world.SIZES[size])]) for size in ("small", "large"))
     centres = np.arange(4, world.SIZE, 8)
-    for squares in (small, large):
-        assert squares.mean() == pytest.approx(1)
+    for squares, mean in ((small, 17 / 11), (large, 1)):
+        assert squares.mean() == pytest.approx(mean)
         assert np.average(centres, weights=squares.sum(0)) == pytest.approx(20, abs=1)
         assert np.average(centres, weights=squares.sum(1)) == pytest.approx(44, abs=1)
-    assert small.max() > 1.5 * large.max()
-    assert generator_sana.squares_of([(20, 44, 11), (50, 30, 8)]).mean() == pytest.approx(2)
+    assert small.max() > 2.3 * large.max()
+    assert generator_sana.squares_of([(20, 44, 17), (50, 30, 8)]).mean() == pytest.approx(1 + 17 / 8)
 
 
 def test_captions_say_what_is_there():

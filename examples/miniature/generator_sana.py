@@ -203,14 +203,15 @@ def train_encode(args):
 
 
 def squares_of(standing):
-    """The squares (side, side) about the subject and the second object, the smaller the higher: each has a mean of 1."""
+    """The squares (side, side) about the subject and the second object, each the heavier the smaller: a mean of 1 for a
+    large subject, 1.5 for a small one, 2.1 for a second object."""
     edges = np.arange(LATENT_SIDE + 1) * (world.SIZE // LATENT_SIDE)
     squares = np.zeros((LATENT_SIDE, LATENT_SIDE), np.float32)
     for x, y, radius in standing:
         reach = radius + 2  # the outline too
         rows, columns = (np.diff(np.clip(edges, centre - reach, centre + reach)) for centre in (y, x))
         square = np.outer(rows, columns)
-        squares += square / square.mean()
+        squares += world.SIZES["large"] / radius * square / square.mean()
     return squares
 
 
@@ -234,7 +235,7 @@ def train_transformer(args):
     """Flow matching: x_t = (1 - t) x + t noise, the target noise - x.
 
     The times are logit-normal about 0.69, not 0.5: between 0.5 and 0.9 the caption's shapes and colours are decided. The
-    subject and the second object count as much as the whole picture each, for a small thing has few latents.
+    subject and the second object count once to twice the whole picture each, for a small thing has few latents.
     """
     torch.manual_seed(args.seed)
     transformer = new_transformer().to(args.device)
