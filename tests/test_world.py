@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ MINIATURE = Path(__file__).resolve().parents[1] / "examples" / "miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import generator_sana  # noqa: E402
+import training  # noqa: E402
 import world  # noqa: E402
 
 
@@ -83,6 +85,15 @@ def test_a_thing_weighs_the_more_the_smaller_it_is_and_where_it_stands():
         assert np.average(centres, weights=squares.sum(1)) == pytest.approx(44, abs=1)
     assert small.max() > 2.3 * large.max()
     assert generator_sana.squares_of([(20, 44, 17), (50, 30, 8)]).mean() == pytest.approx(1 + 17 / 8)
+
+
+def test_a_runs_folder_with_fewer_pictures_is_filled_up(tmp_path, monkeypatch):
+    args = SimpleNamespace(runs_dir=tmp_path)
+    for count in (2, 4):
+        monkeypatch.setitem(training.SPLITS, "judges", (7, count))
+        training.render_split("judges", args)
+        pictures = np.load(tmp_path / "judges.npy")
+        assert np.array_equal(pictures, [world.picture_array(7 + i)[1] for i in range(count)])
 
 
 def test_captions_say_what_is_there():

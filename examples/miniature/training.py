@@ -158,7 +158,7 @@ def render_split(split, args):
     """All pictures of a seed range, in one array on disk."""
     first, count = SPLITS[split]
     path = args.runs_dir / f"{split}.npy"
-    if path.exists():
+    if path.exists() and len(np.load(path, mmap_mode="r")) == count:
         return
     print(f"rendering {count} pictures for {split}", flush=True)
     pictures = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.uint8, (count, world.SIZE, world.SIZE, 3))
