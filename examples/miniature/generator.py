@@ -266,7 +266,7 @@ def embed_texts(texts, encoders, tokenizers):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Latents and embeddings
 
-ENCODED, CAPTIONS = 60_000, 3  # pictures, and captions of each, whose latents and embeddings are kept on disk
+ENCODED, CAPTIONS = 60_000, 3  # the UNet's share of the pictures (SANA learns from all), and captions of each
 
 
 def train_encode(args):
@@ -279,23 +279,23 @@ def train_encode(args):
         encode_captions(args)
 
 
-def shared_array(name, shape, args):
-    """An array on disk into which several processes write their parts."""
+def shared_array(name, count, shape, args):
+    """An array (count, *shape) on disk into which several processes write their parts."""
     path = args.runs_dir / f"{name}.npy"
     if rank() == 0:
-        np.lib.format.open_memmap(path, "w+", np.float16, (ENCODED, *shape)).flush()
+        np.lib.format.open_memmap(path, "w+", np.float16, (count, *shape)).flush()
     if dist.is_initialized():
         dist.barrier()
     return np.lib.format.open_memmap(path, "r+")
 
 
-def parts(size=25):
-    """The starts of this process's parts; small ones, which stay in the processor's cache."""
+def parts(count, size=25):
+    """This process's parts of `count` pictures; small ones, which stay in the processor's cache."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    for i in range(size * rank(), ENCODED, size * processes):
+    for i in range(size * rank(), count, size * processes):
         if i % 4000 == 0:
-            print(f"encoded {i}/{ENCODED}", flush=True)
-        yield slice(i, i + size)
+            print(f"encoded {i}/{count}", flush=True)
+        yield slice(i, min(i + size, count))
     if dist.is_initialized():
         dist.barrier()
 
@@ -306,9 +306,9 @@ def encode_pictures(args):
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(args.output_dir / "sdxl" / "vae").to(args.device).eval()
-    latents = shared_array("latents", (2, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), args)
+    latents = shared_array("latents", ENCODED, (2, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), args)
     pictures = pictures_of("generator", args.runs_dir)
-    for part in parts():
+    for part in parts(ENCODED):
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
             posterior = vae.encode(to_tensor(pictures[part]).to(args.device)).latent_dist
         latents[part] = (torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor).float().cpu()
@@ -317,8 +317,8 @@ def encode_pictures(args):
 def encode_things(args):
     """How much of every latent position is not the place's but a thing's, from 0 to 1."""
     pictures = pictures_of("generator", args.runs_dir)
-    things = shared_array("things", (LATENT_SIDE, LATENT_SIDE), args)
-    for part in parts():
+    things = shared_array("things", len(pictures), (LATENT_SIDE, LATENT_SIDE), args)
+    for part in parts(len(pictures)):
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
         empty = np.stack([np.asarray(world.render(world.sample_scene(s), s, empty=True)) for s in seeds])
         changed = (np.abs(pictures[part].astype(int) - empty).max(-1) > 8).astype(np.float32)
@@ -330,9 +330,9 @@ def encode_things(args):
 def encode_captions(args):
     """What the pipeline would make of the captions, all positions of each."""
     encoders, tokenizers = load_text_encoders(args.output_dir / "sdxl", args.device)
-    contexts = shared_array("contexts", (CAPTIONS, TEXT_LENGTH, sum(TEXT_WIDTHS)), args)
-    pooled = shared_array("pooled", (CAPTIONS, POOLED), args)
-    for part in parts():
+    contexts = shared_array("contexts", ENCODED, (CAPTIONS, TEXT_LENGTH, sum(TEXT_WIDTHS)), args)
+    pooled = shared_array("pooled", ENCODED, (CAPTIONS, POOLED), args)
+    for part in parts(ENCODED):
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
         texts = [world.caption(world.sample_scene(s), s * 1000 + k)[0] for s in seeds for k in range(CAPTIONS)]
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):

@@ -186,11 +186,11 @@ def train_encode(args):
     autoencoder = AutoencoderDC.from_pretrained(args.output_dir / "sana" / "vae").to(args.device).eval()
     gemma, tokenizer = load_gemma(args)
     pictures = pictures_of("generator", args.runs_dir)
-    latents = shared_array("sana_latents", (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), args)
-    contexts = shared_array("sana_contexts", (CAPTIONS, TEXT_LENGTH, TEXT_WIDTH), args)
-    lengths = shared_array("sana_lengths", (CAPTIONS,), args)
-    squares = shared_array("sana_squares", (LATENT_SIDE, LATENT_SIDE), args)
-    for part in parts():
+    latents = shared_array("sana_latents", len(pictures), (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), args)
+    contexts = shared_array("sana_contexts", len(pictures), (CAPTIONS, TEXT_LENGTH, TEXT_WIDTH), args)
+    lengths = shared_array("sana_lengths", len(pictures), (CAPTIONS,), args)
+    squares = shared_array("sana_squares", len(pictures), (LATENT_SIDE, LATENT_SIDE), args)
+    for part in parts(len(pictures)):
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
         texts = [world.caption(world.sample_scene(s), s * 1000 + k)[0] for s in seeds for k in range(CAPTIONS)]
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):

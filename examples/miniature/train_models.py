@@ -62,7 +62,7 @@ STAGES = {
 }
 
 STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 26_000, "dinov2": 2500, "siglip": 1400}
-STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 51_500}
+STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 61_500}
 
 
 def parse_args(argv=None):

@@ -150,7 +150,7 @@ def save_half(model, folder):
 # 3. Pictures
 
 # First seed and number of pictures. The autoencoded ones are some of the classifiers', as a generator may draw them.
-RENDERED = {"generator": (0, 60_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 300_000)}
+RENDERED = {"generator": (0, 180_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 300_000)}
 SPLITS = RENDERED | {"autoencoded": (20_000_000, 40_000), "autoencoded_sana": (20_040_000, 40_000)}
 
 
