@@ -13,6 +13,7 @@ MINIATURE = Path(__file__).resolve().parents[1] / "examples" / "miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import generator_sana  # noqa: E402
+import judges  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
 
@@ -87,13 +88,20 @@ def test_a_thing_weighs_the_more_the_smaller_it_is_and_where_it_stands():
     assert generator_sana.squares_of([(20, 44, 17), (50, 30, 8)]).mean() == pytest.approx(1 + 17 / 8)
 
 
-def test_a_runs_folder_with_fewer_pictures_is_filled_up(tmp_path, monkeypatch):
-    args = SimpleNamespace(runs_dir=tmp_path)
-    for count in (2, 4):
-        monkeypatch.setitem(training.SPLITS, "judges", (7, count))
+def test_a_runs_folder_with_another_number_of_pictures_is_filled_anew(tmp_path, monkeypatch):
+    args = SimpleNamespace(runs_dir=tmp_path, output_dir=MINIATURE, device="cpu", seed=0)
+    monkeypatch.setitem(training.SPLITS, "classifiers", (7, 4))
+    training.render_split("classifiers", args)
+    for count in (2, 3):
+        for split in ("judges", "autoencoded", "autoencoded_sana"):
+            monkeypatch.setitem(training.SPLITS, split, (7, count))
         training.render_split("judges", args)
-        pictures = np.load(tmp_path / "judges.npy")
-        assert np.array_equal(pictures, [world.picture_array(7 + i)[1] for i in range(count)])
+        judges.autoencode_pictures(args)
+        rendered = np.load(tmp_path / "judges.npy")
+        assert np.array_equal(rendered, [world.picture_array(7 + i)[1] for i in range(count)])
+        for split in ("autoencoded", "autoencoded_sana"):
+            drawn = np.load(tmp_path / f"{split}.npy")
+            assert drawn.shape == rendered.shape and np.abs(drawn.astype(int) - rendered).mean() < 30
 
 
 def test_captions_say_what_is_there():

@@ -28,6 +28,7 @@ from training import (
     fray,
     label_ids,
     new_tokenizer,
+    on_disk,
     pad_ids,
     pictures_of,
     psnr,
@@ -236,7 +237,7 @@ def autoencode_pictures(args):
     torch.manual_seed(args.seed)
     for split, autoencoder in load_autoencoders(args).items():
         path, (first, count) = args.runs_dir / f"{split}.npy", SPLITS[split]
-        if path.exists():
+        if on_disk(path, count):
             continue
         start, decoded = first - SPLITS["classifiers"][0], []
         for i in range(start, start + count, 25):

@@ -158,7 +158,7 @@ def render_split(split, args):
     """All pictures of a seed range, in one array on disk."""
     first, count = SPLITS[split]
     path = args.runs_dir / f"{split}.npy"
-    if path.exists() and len(np.load(path, mmap_mode="r")) == count:
+    if on_disk(path, count):
         return
     print(f"rendering {count} pictures for {split}", flush=True)
     pictures = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.uint8, (count, world.SIZE, world.SIZE, 3))
@@ -166,6 +166,11 @@ def render_split(split, args):
         pictures[i] = world.picture_array(first + i)[1]
     pictures.flush()
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def on_disk(path, count):
+    """Whether so many pictures are there already; a split of another size is made anew."""
+    return path.exists() and len(np.load(path, mmap_mode="r")) == count
 
 
 def render_all(args):
