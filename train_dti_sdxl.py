@@ -38,6 +38,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import importlib.util
 import io
 import itertools
@@ -86,7 +87,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
@@ -643,21 +644,21 @@ def read_templates(path: Path) -> list[str]:
     return lines
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path, option: str = "--instance_data_dir") -> list[Path]:
     """Image files in a folder, by name, not looking into its subfolders. Notes what it leaves out. Raises UserError."""
     if not os.path.isdir(folder):  # which, unlike Path's, is False also where looking is not allowed
         problem = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"--instance_data_dir {folder} {problem}: give a folder of photographs.")
+        raise UserError(f"{option} {folder} {problem}: give a folder of photographs.")
     try:
         files = sorted(path for path in folder.iterdir() if path.name not in ("metadata.jsonl", "metadata.csv"))
     except OSError as error:
-        raise UserError(f"--instance_data_dir {folder} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{option} {folder} cannot be read: {error.strerror}.") from None
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     images = [path for path in images if os.path.isfile(path)]  # not a folder, a pipe, or a link that leads nowhere
     if left_out := [repr(path.name) for path in sorted({*files} - {*images})]:
         logger.info(f"Not images, left out: {', '.join(left_out)}")
     if not images:
-        raise UserError(f"--instance_data_dir {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise UserError(f"{option} {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return images
 
 
@@ -726,35 +727,94 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
 
 
 def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
-    """Decode one photograph upright to RGB. Raises UserError naming a broken file.
+    """Decode one photograph upright to sRGB. Raises UserError naming a broken file.
 
     With `shrink_to` a JPEG may come out smaller, its shorter side still at least so many pixels: quick, for a check.
     """
     if record is None:
         raise UserError("A row of the data set has no image: take it away.")
     source = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
+    name = record["path"] or "an image of the data set"
     try:
         with Image.open(source) as image:
             if image.format == "EPS":  # Pillow would run Ghostscript on it, for as long as the file likes
                 raise ValueError("PostScript is not read")
             if shrink_to is not None:
                 image.draft("RGB", (shrink_to, shrink_to))
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_srgb(ImageOps.exif_transpose(image), name)
     except Exception as error:  # Pillow raises many kinds on damaged files
-        name = record["path"] or "an image of the data set"
         raise UserError(f"{name} is damaged or not an image ({error}): mend it or take it away.") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency over white, 16-bit scaled to 8. Raises ValueError where white is nowhere defined."""
+def to_srgb(image: Image.Image, name: str) -> Image.Image:
+    """Any mode to RGB in sRGB's colours: transparency over white, 16-bit scaled to 8.
+
+    Raises ValueError where white is nowhere defined.
+    """
     if image.mode == "F":  # Pillow's conversion would take 1.0 for almost black
         raise ValueError("floating-point pixels: save it with 8 or 16 bits")
+    profile = image.info.get("icc_profile")
+    if not profile and (colours := colours_without_profile(image)):
+        warn_once(
+            f"{name} says that its colours are {colours}, but it has no colour profile: they are taken for sRGB."
+        )
     if image.mode.startswith("I"):  # Pillow's own conversion would clip every value above 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    alpha = None
     if image.has_transparency_data:
+        grey = image.mode in ("1", "L", "LA", "La")
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+        image = image.convert("L" if grey else "RGB")
+    image = apply_profile(image, profile, name) if profile else image.convert("RGB")
+    return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+
+
+def colours_without_profile(image: Image.Image) -> str | None:
+    """The colours other than sRGB's that a file names, if any, in other words than a profile's."""
+    nclx = image.info.get("nclx_profile") or {}  # HEIF; the numbers are those of ITU-T H.273
+    if nclx.get("transfer_characteristics") in (16, 18):
+        return "HDR (PQ or HLG)"
+    if nclx.get("color_primaries") in (9, 11, 12):
+        return {9: "Rec. 2020", 11: "DCI-P3", 12: "Display P3"}[nclx["color_primaries"]]
+    exif = image.getexif()
+    if ExifTags.IFD.Interop in exif.get_ifd(ExifTags.IFD.Exif):  # older versions of Pillow raise where there is none
+        return "Adobe RGB" if exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03" else None  # cameras' mark for it
+    return None
+
+
+def apply_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """The opaque image in sRGB's colours, by its ICC profile; where that is of no use, as it is, with a warning."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        kind = source.profile.xcolor_space.strip()
+        if kind == "RGB" and image.mode != "CMYK":  # grey pictures and palettes too may be in the colours of RGB
+            image = image.convert("RGB")
+        elif image.mode == "1":
+            image = image.convert("L")
+        return ImageCms.applyTransform(image, srgb_transform(profile, image.mode))
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
+        warn_once(f"{name}: its colours are taken for sRGB, for its colour profile cannot be used ({error}).")
+        return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)
+def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """From a profile's colours to sRGB's as photo editors do it: relative colorimetric with black point compensation."""
+    return ImageCms.buildTransform(
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+        ImageCms.createProfile("sRGB"),
+        mode,
+        "RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning about a photograph, which may be read many times."""
+    logger.warning(message)
 
 
 def check_images(photographs: Sequence[dict], resolution: int) -> None:

@@ -65,13 +65,13 @@ from generate import (
     to_png,
 )
 from generate import number as at_least
+from pictures import open_picture, pictures_in
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rescale import chosen_magnitudes, magnitude_rule, magnitudes, model_family, one_line, rescale
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 
 MINIATURE = Path(__file__).resolve().parent / "miniature"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,31 +461,6 @@ def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embeddi
             if case.rescale is not None:
                 embeddings[index] = rescale(embeddings[index], chosen_magnitudes(found, case.rescale))
     return embeddings
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture, upright and in RGB, transparency over white. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        raise UserError(f"{path} is damaged or not a picture ({one_line(error)}): mend it or take it away.") from None
-
-
-def pictures_in(folder: Path, option: str) -> list[Path]:
-    try:
-        files = sorted(
-            p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-        )
-    except OSError as error:
-        raise UserError(f"{option} {folder} cannot be read: {error.strerror}. Give a folder of pictures.") from None
-    if not files:
-        raise UserError(f"{option} {folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return files
 
 
 def read_references(folder: Path, masks: Path | None = None) -> tuple[list[Image.Image], list[Image.Image]]:

@@ -1,0 +1,28 @@
+"""Photographs for the other examples, which find and decode them by the training scripts' own functions."""
+
+import sys
+from pathlib import Path
+
+from export import UserError
+from PIL import Image
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import train_dti_sdxl as training  # noqa: E402
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture, upright and in sRGB, transparency over white. Raises UserError."""
+    try:
+        return training.open_image({"path": str(path), "bytes": None})
+    except training.UserError as error:
+        raise UserError(str(error)) from None
+
+
+def pictures_in(folder: Path, option: str) -> list[Path]:
+    """The pictures in a folder, by name; `option` is what gave it. Raises UserError."""
+    try:
+        return training.find_images(folder, option)
+    except training.UserError as error:
+        raise UserError(str(error)) from None
