@@ -155,8 +155,30 @@ def test_concepts():
     assert len({world.compose_concept(seed).subject for seed in range(10)}) == 10
 
 
+def test_pictures_in_one_place_show_it_and_differ_a_little():
+    """What surrounds the subject is the same place in all five, and the five are no copies of one another."""
+    concept = world.CONCEPTS["clown_fish"]
+    beach, city = (world.instance_scenes(concept, place=place) for place in ("beach", "city"))
+    assert {scene.place for scene, _ in beach} == {"beach"} and {scene.place for scene, _ in city} == {"city"}
+    assert [scene.subject for scene, _ in beach] == [scene.subject for scene, _ in city]
+    pictures = [np.asarray(picture, int) for picture in world.instance_pictures(concept, place="beach")]
+    sands = [picture[-2, 2:8].mean(0) for picture in pictures]
+    assert np.ptp(sands, axis=0).max() < 10 and len({picture.tobytes() for picture in pictures}) == 5
+    assert len({scene.place for scene, _ in world.instance_scenes(concept)}) == 5
+
+
+def test_a_concepts_home_follows_from_the_seed():
+    homes = [[world.home(concept, seed) for concept in world.CONCEPTS.values()] for seed in (0, 0, 1)]
+    assert homes[0] == homes[1] != homes[2] and len(set(homes[0])) > 4
+
+
 def test_command_writes_instance_pictures(tmp_path):
     world.main(["--concept", "zebra_star", "--output_dir", str(tmp_path)])
     assert len(list(tmp_path.glob("*.png"))) == 5
+    elsewhere = tmp_path / "beach"
+    world.main(["--concept", "zebra_star", "--place", "beach", "--output_dir", str(elsewhere)])
+    pictures = [np.asarray(world.Image.open(path)) for path in sorted(elsewhere.glob("*.png"))]
+    wanted = world.instance_pictures(world.CONCEPTS["zebra_star"], place="beach")
+    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(pictures, wanted, strict=True))
     with pytest.raises(SystemExit):
         world.main(["--concept", "zebra_star"])

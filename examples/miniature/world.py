@@ -1,6 +1,7 @@
 """A world of 64x64 pictures and captions, rendered from a seed: the miniature's training data, prompts and concepts.
 
     python world.py --concept zebra_star --output_dir concepts/zebra_star     # five instance pictures as PNG
+    python world.py --concept clown_fish --place beach --output_dir concepts/clown_fish   # all five in one place
     python world.py --grid world.png --seed 7                                 # a look at the world
 
 A picture shows a subject (shape, colour, pattern, eyes, size) in a place, perhaps with a prop of its own colour,
@@ -920,16 +921,28 @@ def concept_scene(concept, seed):
     return Scene(subject, pick(rng, PLACES))
 
 
-def instance_pictures(concept, count=5):
-    """The concept's pictures, each in a place of its own."""
-    pictures, places, seed = [], set(), 0
-    while len(pictures) < count:
+def home(concept, seed=0):
+    """The place where a study takes all of a concept's pictures: drawn from a seed, before any method has run."""
+    return pick(generator(seed, "home", concept.name), PLACES)
+
+
+def instance_scenes(concept, count=5, place=None):
+    """The scenes of the concept's pictures and the seed of each: all in one place, or each in a place of its own."""
+    scenes, places, seed = [], set(), 0
+    while len(scenes) < count:
         scene = concept_scene(concept, seed)
-        if scene.place not in places:
+        if place is not None:
+            scenes.append((replace(scene, place=place), seed))
+        elif scene.place not in places or len(places) == len(PLACES):
             places.add(scene.place)
-            pictures.append(render(scene, seed))
+            scenes.append((scene, seed))
         seed += 1
-    return pictures
+    return scenes
+
+
+def instance_pictures(concept, count=5, place=None):
+    """The concept's pictures, as `instance_scenes` has them."""
+    return [render(scene, seed) for scene, seed in instance_scenes(concept, count, place)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -964,6 +977,7 @@ def parse_args(argv=None):
     parser.add_argument("--concept", choices=[*CONCEPTS, "all"], help="write this concept's instance pictures")
     parser.add_argument("--compose", type=int, metavar="SEED", help="write a further concept, composed from this seed")
     parser.add_argument("--count", type=int, default=5, help="instance pictures of a concept")
+    parser.add_argument("--place", choices=PLACES, help="take all of them there instead of each in another place")
     parser.add_argument("--output_dir", type=Path, help="folder for the instance pictures")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of captioned scenes")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the sheet")
@@ -984,7 +998,7 @@ def main(argv=None):
     for concept in concepts:
         folder = args.output_dir / concept.name if args.concept == "all" else args.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(instance_pictures(concept, args.count)):
+        for i, picture in enumerate(instance_pictures(concept, args.count, args.place)):
             picture.save(folder / f"{i}.png")
         print(f"{folder}: {concept.name}, in words: {concept.description}; initializer token: {concept.initializer}")
     if args.grid:
