@@ -132,13 +132,16 @@ def number(kind: type, minimum: float, *, above: bool = False):
 
 
 def magnitude_rule(text: str) -> str | float:
-    """The argparse type of --magnitude: `mean`, `min`, `free` or a positive number."""
+    """The argparse type of --magnitude: `mean`, a multiple of it such as `2mean`, `min`, `free` or a positive number."""
     if text in ("mean", "min", "free"):
         return text
     try:
-        return number(float, 0, above=True)(text)
+        multiple = number(float, 0, above=True)(text.removesuffix("mean"))
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not mean, min, free or a number above 0") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not mean, a multiple such as 2mean, min, free or a number above 0"
+        ) from None
+    return f"{multiple:g}mean" if text.endswith("mean") else multiple
 
 
 def module_names(text: str) -> list[str]:
@@ -149,23 +152,34 @@ def module_names(text: str) -> list[str]:
     return names
 
 
-# Steps, learning rates and schedules for --optimizer rsgd, found in the miniature world by examples/sweep.py.
+# What --preset stands for, by optimizer: found in the miniature world (examples/presets), the paper's settings, and those
+# that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
 PRESETS = {
-    "paper": {},
-    "fast": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear"},
+    "default": {
+        "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"}
+    },
+    "fast": {"rsgd": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear", "magnitude": "mean"}},
+    "paper": {
+        "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
+        "adamw": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
+    },
+    "released": {
+        "rsgd": {"max_train_steps": 400, "learning_rate": 0.04, "lr_scheduler": "constant", "magnitude": "mean"},
+        "adamw": {"max_train_steps": 400, "learning_rate": 0.02, "lr_scheduler": "constant", "magnitude": "mean"},
+    },
 }
-
 METHOD_OPTIONS = ("learning_rate", "lr_scheduler", "kappa", "magnitude", "optimizer", "init")  # told with the result
 
 # fmt: off
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("method (defaults: the paper's)").add_argument
-    add("--preset", choices=PRESETS, default="paper", help="Steps, learning rate and schedule together, where they are not given one by one: the paper's, or what learned more in fewer steps in a small world (examples/presets).")
-    add("--learning_rate", type=number(float, 0, above=True), default=5e-3, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians; paper: 5e-3.")
+    add = parser.add_argument_group("method").add_argument
+    add("--preset", choices=PRESETS, default=None, help="Steps, learning rate, schedule and magnitude together; each gives way to an option of its own. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
+    add("--learning_rate", type=number(float, 0, above=True), default=None, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians. Default: the preset's.")
+    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation steps and processes, as the authors' launchers do. What is printed and saved is the product.")
     add("--kappa", type=number(float, 0), default=None, help="Concentration of the von Mises-Fisher prior towards the initializer; paper: 1e-4 (default), 5e-5 to 2e-4 works. No prior with --magnitude free.")
-    add("--magnitude", type=magnitude_rule, default="mean", metavar="{mean,min,free,NUMBER}", help="m*, the norm of the learned embedding: the vocabulary's mean or minimum, a number, or free (plain Textual Inversion).")
+    add("--magnitude", type=magnitude_rule, default=None, metavar="{mean,2mean,min,free,NUMBER}", help="m*, the norm of the learned embedding: the mean of the vocabulary's, a multiple of it, its minimum, a number, or free (plain Textual Inversion). Paper: mean. Default: the preset's.")
     add("--optimizer", choices=["rsgd", "adamw"], default="rsgd", help="Riemannian SGD on the sphere, or AdamW (followed by a projection back to the sphere unless --magnitude free).")
     add("--init", choices=["token", "contextual"], default="token", help="Start from the initializer's row of the vocabulary, or from its last hidden state in context (CrossInit).")
     add("--reg_weight", type=number(float, 0), default=0.0, help="Weight of the mean squared distance between the embedding and where it started; CrossInit: 1e-5.")
@@ -229,10 +243,10 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", type=Path, required=True, help="Where the results are written.")
     add("--seed", type=number(int, 0), default=None, help="Seed of everything that is drawn. Default: a fresh one, which is printed.")
-    add("--max_train_steps", type=number(int, 1), default=500, help="Optimization steps; paper: 500.")
+    add("--max_train_steps", type=number(int, 1), default=None, help="Optimization steps. Default: the preset's.")
     add("--train_batch_size", type=number(int, 1), default=4, help="Images a step on each device; paper: 4.")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="Batches whose gradients are averaged in one step.")
-    add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT], default="constant", help="Schedule of the learning rate.")
+    add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT], default=None, help="Schedule of the learning rate. Default: the preset's.")
     add("--lr_warmup_steps", type=number(int, 0), default=0, help="Steps over which the learning rate rises from zero.")
     add("--lr_num_cycles", type=number(int, 1), default=1, help="Restarts of cosine_with_restarts.")
     add("--save_steps", type=number(int, 1), default=None, help="Also save the embedding every so many steps, with the step in the files' names.")
@@ -276,9 +290,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser()
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
+    args.preset = args.preset or ("default" if args.optimizer == "rsgd" else "paper")
+    for name, value in PRESETS[args.preset].get(args.optimizer, {}).items():
+        if getattr(args, name) is None and not (args.scale_lr and name == "learning_rate"):
+            setattr(args, name, value)
     if args.kappa is None:
         args.kappa = 0.0 if args.magnitude == "free" else 1e-4
     if args.lora_alpha is None:
@@ -292,10 +308,12 @@ def check_options(args: argparse.Namespace) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, (str, Path)) and re.search("[\ud800-\udfff]", str(text)):
                 raise UserError(f"--{name} is not valid UTF-8: write it in a terminal that is set to UTF-8.")
+    if args.optimizer not in PRESETS[args.preset]:
+        raise UserError(f"--preset {args.preset} has a learning rate for --optimizer rsgd: leave one of them out.")
+    if args.learning_rate is None:
+        raise UserError("--scale_lr multiplies --learning_rate, and a preset's is not to be multiplied: give one.")
     if args.optimizer == "rsgd" and args.magnitude == "free":
         raise UserError("--optimizer rsgd moves on a sphere and --magnitude free has none: add --optimizer adamw.")
-    if args.optimizer != "rsgd" and args.preset != "paper":
-        raise UserError(f"--preset {args.preset} has a learning rate for --optimizer rsgd: leave one of them out.")
     if args.magnitude == "free" and args.kappa:
         raise UserError(
             f"--kappa {args.kappa:g} is a prior on the sphere and --magnitude free has none: leave it out."
@@ -554,16 +572,19 @@ def add_placeholder(tokenizer, placeholder: str, num_vectors: int) -> int:
 
 
 def vocabulary_magnitude(vocabulary: torch.Tensor, rule: str | float) -> float | None:
-    """m* of a vocabulary matrix (V, d): mean or minimum of its rows' norms, zero rows left out. None where it is free."""
+    """m* of a vocabulary matrix (V, d) by the rule of --magnitude, from its rows' norms without the zero ones.
+
+    None where it is free.
+    """
     if rule == "free":
         return None
-    if rule not in ("mean", "min"):
-        return float(rule)
+    if not isinstance(rule, str):
+        return rule
     norms = torch.cat(
         [rows.float().norm(dim=-1) for rows in vocabulary.split(8192)]
     )  # never a whole copy of the matrix
     norms = norms[norms > 0].double()
-    return (norms.mean() if rule == "mean" else norms.min()).item()
+    return norms.min().item() if rule == "min" else float(rule.removesuffix("mean") or 1) * norms.mean().item()
 
 
 def initial_embedding(encoder, tokenizer, initializer: str, init: str) -> torch.Tensor:
@@ -606,23 +627,25 @@ def make_token(
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".tga"}
 
+# The word stands as a noun does, with an article, for so it stands in the prompts that people write.
 OBJECT_TEMPLATES = """
-a photo of {} | a picture of {} | a photograph showing {} | a close-up photo of {} | a sharp photo of {}
-a blurry photo of {} | a dim photo of {} | a well lit photo of {} | a cropped picture of {} | a snapshot of {}
-a high resolution photo of {} | a low resolution picture of {} | a studio shot of {} | an amateur photo of {}
-a photo of one {} | a photo of the {} | a photo of my {} | a picture of this {} | a clean photo of {}
-a photo of {} seen from the front | a photo of {} on display | an everyday photo of {} | a view of {}
-a colour photo of {} | a detailed image of {}
+a photo of a {} | a photo of the {} | a photo of my {} | a photo of one {} | a picture of a {} | a picture of the {}
+a picture of my {} | a snapshot of a {} | a photograph showing the {} | a close-up photo of a {} | a sharp photo of the {}
+a blurry photo of a {} | a dim photo of the {} | a well lit photo of my {} | a cropped photo of a {} | a clean photo of the {}
+a high resolution photo of a {} | a low resolution picture of the {} | a studio shot of a {} | an amateur photo of my {}
+a photo of a {} seen from the front | a photo of the {} on display | an everyday photo of my {} | a colour photo of a {}
+a detailed image of the {}
 """
 
 STYLE_TEMPLATES = """
-a painting in the style of {} | a picture in the style of {} | an artwork in the style of {} | art made in {} style
-a drawing in the style of {} | an illustration in the style of {} | a rendering in the style of {} | {} style art
-a detailed painting in the style of {} | a simple picture in the style of {} | a bright painting in {} style
-a dark painting in the style of {} | a small painting in the style of {} | a large painting in the style of {}
-a close-up in the style of {} | a scene in the style of {} | a landscape in the style of {} | a portrait in {} style
-a still life in the style of {} | a cropped painting in the style of {} | a fine picture in {} style
-a quick study in the style of {} | a composition in the style of {} | an image in the style of {} | a work in {} style
+a picture in the style of a {} | a picture in the style of the {} | a picture in the style of my {} | art in the {} style
+a painting in the style of a {} | a drawing in the style of the {} | an illustration in the style of a {}
+a rendering in the style of the {} | a detailed picture in the style of a {} | a simple picture in the style of the {}
+a bright picture in my {} style | a dark picture in the {} style | a small picture in the style of a {}
+a large picture in the style of the {} | a close-up in the style of a {} | a scene in the style of the {}
+a landscape in the style of a {} | a portrait in the style of my {} | a still life in the style of a {}
+a cropped picture in the style of the {} | a fine picture in the {} style | a quick study in the style of a {}
+a composition in the style of my {} | an image in the style of a {} | a work in the style of the {}
 """
 
 
@@ -1885,6 +1908,13 @@ class History:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def scale_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Put the rate that acts in the place of the one given: it is what is logged and saved, and repeats the run anywhere."""
+    if args.scale_lr:
+        args.learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        args.scale_lr = False
+
+
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up precision, processes, trackers and log output. Raises UserError."""
     try:
@@ -2113,6 +2143,7 @@ def main(argv: list[str] | None = None) -> None:
     check_options(args)
     check_sharing_options(args)
     accelerator = start_accelerator(args)
+    scale_learning_rate(args, accelerator)
     check_model(args)
     check_lora_targets(args)
     tokenizers = load_tokenizers(args)
@@ -2139,7 +2170,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder.to(dtype)
     denoiser = getattr(models, DENOISER).to(device)
 
-    # Optimizer and schedule. The learning rate is the option's, whatever the batch.
+    # Optimizer and schedule.
     adapters = Adapters(denoiser, args, seed) if args.rank else None
     training, first_step = Training(models.tokens, adapters, args, accelerator), 1
     if checkpoint is not None:

@@ -105,6 +105,7 @@ def options(trainer, small, tmp_path):
             "placeholder_token": "<my-pot>",
             "initializer_token": "teapot",
             "output_dir": tmp_path / "out",
+            "preset": "paper",
             "resolution": 64,
             "max_train_steps": 4,
             "train_batch_size": 2,

@@ -28,6 +28,7 @@ OWN = {
     "OTHER_SCRIPTS",
     "PIPELINE_CLASS",
     "PREDICTIONS",
+    "PRESETS",
     "RESOLUTION_STEP",
     "SHARED_CODE",
     "WEB_KEYS",

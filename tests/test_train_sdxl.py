@@ -139,6 +139,7 @@ def test_a_fixed_batch_is_overfitted(loaded):
         ("AdamW on the sphere", "--optimizer adamw", "mean"),
         ("smallest magnitude", "--magnitude min", "min"),
         ("magnitude 5", "--magnitude 5.0", 5.0),
+        ("twice the mean", "--magnitude 2mean", "2mean"),
         ("no prior", "--kappa 0", "mean"),
         ("strong prior", "--kappa 5e-4", "mean"),
     ],
@@ -147,25 +148,53 @@ def test_every_row_of_the_papers_tables_is_one_command(train, small, row, flags,
     out = train(*flags.split())
     for rows, matrix in zip(embeddings(out), vocabulary(small), strict=True):
         norms = matrix.double().norm(dim=-1)
-        expected = {"mean": norms.mean().item(), "min": norms.min().item()}.get(norm, norm)
+        mean = norms.mean().item()
+        expected = {"mean": mean, "2mean": 2 * mean, "min": norms.min().item()}.get(norm, norm)
         if expected is None:  # free: the norm is wherever AdamW took it
             assert rows.norm().item() != pytest.approx(norms.mean().item(), rel=1e-3)
         else:
             assert rows.norm().item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_preset_is_its_options_and_what_is_given_wins(train, options, tmp_path):
-    fast = script.PRESETS["fast"]
-    rest = {name: value for name, value in fast.items() if name != "max_train_steps"}
-    preset = embeddings(train("--preset", "fast", max_train_steps=3, output_dir=tmp_path / "preset"))
+@pytest.mark.parametrize("preset", ["fast", "released", None])
+def test_a_preset_is_its_options_and_what_is_given_wins(train, options, tmp_path, preset):
+    settings = script.PRESETS[preset or "default"]["rsgd"]
+    rest = {name: value for name, value in settings.items() if name != "max_train_steps"}
+    chosen = embeddings(train(preset=preset, max_train_steps=3, output_dir=tmp_path / "preset"))
     written = embeddings(train(max_train_steps=3, output_dir=tmp_path / "written", **rest))
-    paper = embeddings(train(max_train_steps=3))
-    assert all(torch.equal(a, b) for a, b in zip(preset, written, strict=True))
-    assert not torch.equal(preset[0], paper[0])
-    args = script.parse_args(options("--preset", "fast", max_train_steps=None))
-    assert args.max_train_steps == fast["max_train_steps"] < 500
-    args = script.parse_args(options(max_train_steps=None))
-    assert (args.max_train_steps, args.learning_rate, args.lr_scheduler) == (500, 5e-3, "constant")
+    assert all(torch.equal(a, b) for a, b in zip(chosen, written, strict=True))
+    assert not torch.equal(chosen[0], embeddings(train(max_train_steps=3))[0])
+    args = script.parse_args(options(preset=preset, max_train_steps=None, learning_rate=0.003))
+    assert (args.max_train_steps, args.learning_rate) == (settings["max_train_steps"], 0.003)
+
+
+def test_the_papers_and_the_authors_settings(options):
+    def settings(*flags, **changes):
+        args = script.parse_args(options(*flags, max_train_steps=None, **changes))
+        return args.max_train_steps, args.learning_rate, args.lr_scheduler, args.magnitude
+
+    baseline = ("--magnitude", "free", "--optimizer", "adamw")
+    assert settings() == (500, 5e-3, "constant", "mean")
+    assert settings(preset="released") == (400, 0.04, "constant", "mean")
+    assert settings(*baseline, preset="released") == (400, 0.02, "constant", "free")
+    assert settings(*baseline, preset=None) == settings(*baseline) == (500, 5e-3, "constant", "free")
+
+
+def test_scale_lr_wants_a_rate_of_its_own(train):
+    with pytest.raises(script.UserError, match="--scale_lr multiplies --learning_rate"):
+        train("--scale_lr")
+
+
+def test_scale_lr_multiplies_the_rate_and_what_is_saved_repeats_the_run(train, tmp_path):
+    scaled = train("--scale_lr", learning_rate=0.01, gradient_accumulation_steps=2)  # with a batch of 2
+    saved = json.loads((scaled / "training_options.json").read_text())
+    assert saved["options"]["learning_rate"] == saved["derived"]["learning_rate"] == 0.04
+    assert (
+        safe_open(scaled / FILES[0], "pt").metadata()["dti.learning_rate"] == "0.04"
+        and saved["options"]["scale_lr"] is False
+    )
+    plain = train(learning_rate=0.04, gradient_accumulation_steps=2, output_dir=tmp_path / "plain")
+    assert all(torch.equal(a, b) for a, b in zip(embeddings(scaled), embeddings(plain), strict=True))
 
 
 def test_the_regularisation_holds_the_embedding_back(train, small):
