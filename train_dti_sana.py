@@ -428,7 +428,8 @@ class RiemannianSGD(torch.optim.Optimizer):
     """Normalised Riemannian SGD on the unit sphere with a von Mises-Fisher prior (the paper's Algorithm 1).
 
     A parameter is a float32 matrix (n, d) of unit rows, and its group holds the prior's mean directions `mu` (n, d).
-    A row whose tangent gradient is zero or not finite stays as it is, and is counted in `state[v]["skipped"]`.
+    A row whose tangent gradient is zero or not finite stays as it is, and is counted in `state[v]["skipped"]`. The mean norm
+    of the last data gradient's rows, before prior and projection, is in `state[v]["gradient_norm"]`.
 
     One departure: a tangent gradient below the rounding of the gradient that it was projected from counts as zero, for
     normalisation would blow that noise up to a full step.
@@ -457,6 +458,7 @@ class RiemannianSGD(torch.optim.Optimizer):
                 v.copy_(torch.where(moves, retract(v, -eta * g / length), v))
                 state = self.state[v]
                 state["skipped"] = state.get("skipped", 0) + (~moves).sum()
+                state["gradient_norm"] = v.grad.norm(dim=-1).mean()
 
 
 # Copied from train_dti_sdxl.TokenAdamW
@@ -475,10 +477,11 @@ class TokenAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        skipped = {}
+        skipped, gradient_norm = {}, {}
         for group in self.param_groups:
             for x in group["params"]:
                 finite = x.grad.isfinite().all(dim=-1, keepdim=True)
+                gradient_norm[x] = x.grad.norm(dim=-1).mean()
                 g = x.grad if group["mu"] is None else x.grad - group["kappa"] * group["mu"]
                 x.grad = torch.where(finite, g, 0.0)
                 skipped[x] = (~finite).sum()
@@ -488,6 +491,7 @@ class TokenAdamW(torch.optim.AdamW):
                 if group["mu"] is not None:
                     x.copy_(normalize(x))
                 self.state[x]["skipped"] = self.state[x].get("skipped", 0) + skipped[x]
+                self.state[x]["gradient_norm"] = gradient_norm[x]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1997,8 +2001,9 @@ class History:
         self.tokens, self.entries, self.start_time = tokens, [], time.perf_counter()
         self.previous = [token.embedding().detach().clone() for token in tokens]
 
-    def add(self, step: int, loss: float, learning_rate: float) -> dict[str, float]:
-        """Note the state after `step`: mean loss since the last entry, and per encoder norm and angles in degrees."""
+    def add(self, step: int, loss: float, learning_rate: float, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Note the state after `step`: mean loss since the last entry, and for each encoder norm, angles in degrees, the norm
+        of the step's data gradient, and how large the prior's gradient kappa is beside it."""
         entry = {"loss": loss, "learning_rate": learning_rate}
         for name, token, previous in zip(ENCODERS, self.tokens, self.previous, strict=True):
             now = token.embedding().detach()
@@ -2006,6 +2011,10 @@ class History:
             entry[f"{name}/angle_to_initializer"] = angle(now, token.prior_mean).mean().item()
             entry[f"{name}/angle_since_last_log"] = angle(now, previous).mean().item()
             previous.copy_(now)
+            gradient_norm = optimizer.state[token.parameter]["gradient_norm"].item()
+            entry[f"{name}/gradient_norm"] = gradient_norm
+            if kappa := optimizer.param_groups[0]["kappa"]:
+                entry[f"{name}/prior_share"] = kappa / max(gradient_norm, torch.finfo(torch.float32).tiny)
         self.entries.append({"step": step, "seconds": time.perf_counter() - self.start_time, **entry})
         return entry
 
@@ -2017,7 +2026,7 @@ class History:
             previous.copy_(checkpoint.tensors[f"previous.{index}"])
 
     def plot(self, path: Path) -> None:
-        """Draw loss, angle to the initializer and norm against the step."""
+        """Draw loss, angle to the initializer, norm, and the data gradient's norm against the step."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -2025,8 +2034,9 @@ class History:
             "loss": ["loss"],
             "angle to the initializer (degrees)": [f"{name}/angle_to_initializer" for name in ENCODERS],
             "norm of the embedding": [f"{name}/norm" for name in ENCODERS],
+            "norm of the data's gradient": [f"{name}/gradient_norm" for name in ENCODERS],
         }
-        figure = Figure(figsize=(12, 3.5), layout="constrained")
+        figure = Figure(figsize=(16, 3.5), layout="constrained")
         for axes, (label, keys) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
             for key in keys:
                 steps = [entry["step"] for entry in self.entries]
@@ -2264,7 +2274,7 @@ def log(training: Training, step: int, learning_rate: float, progress: tqdm) -> 
     """Read the values from the device, and give them to the trackers and the progress bar."""
     loss = training.mean_losses().mean().item()
     training.losses.clear()
-    entry = training.history.add(step, loss, learning_rate)
+    entry = training.history.add(step, loss, learning_rate, training.optimizer)
     training.accelerator.log(entry, step=step)
     progress.set_postfix(loss=f"{loss:.4f}", angle=f"{entry[f'{ENCODERS[0]}/angle_to_initializer']:.1f}°")
 

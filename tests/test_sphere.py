@@ -171,3 +171,12 @@ def test_free_adamw_is_torchs_and_survives_a_nan():
     take_step(ours, optimizer, torch.full_like(x0, math.nan))
     assert ours.isfinite().all()
     assert optimizer.state[ours]["skipped"] == 2
+
+
+@pytest.mark.parametrize("make", [lambda groups: RiemannianSGD(groups, 0.1, 1.0), TokenAdamW])
+def test_the_data_gradients_norm_is_noted_without_the_prior(make):
+    v = torch.nn.Parameter(torch.eye(3)[:2])
+    optimizer = make([{"params": [v], "mu": torch.eye(3)[1:]}])
+    v.grad = torch.tensor([[0.0, 3.0, 4.0], [1.0, 0.0, 0.0]])
+    optimizer.step()
+    assert optimizer.state[v]["gradient_norm"].item() == pytest.approx(3.0)
