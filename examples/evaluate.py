@@ -315,6 +315,7 @@ BUILT_IN = {
     "live": prompt_lines(LIVE_SIMPLE, "simple") + prompt_lines(LIVE_COMPLEX, "complex"),
     "world": prompt_lines(WORLD_SIMPLE, "simple") + prompt_lines(WORLD_COMPLEX, "complex"),
 }
+BUILT_IN["world-half"] = BUILT_IN["world"][::2]  # for sweeps: as many simple as complex ones
 
 
 def read_prompts(name: str) -> list[Prompt]:

@@ -3,13 +3,17 @@
 
     python examples/reproduce.py --output_dir reproduction
 
-Eight concepts and three seeds for the four methods of Table 2, four concepts and two seeds for the ablations. Each is a run
-of train_dti_sdxl.py as a user starts it; each is evaluated by evaluate.py with 40 prompts and 4 seeds, at guidance scales 5
-and 1.5. Runs share the processor's cores (`--jobs`) or take turns on a GPU, and whatever is finished is not done again: stop
-it and start it as you like.
+Each concept's five pictures are in one place, as people's photographs are, which a seed has chosen before any method runs.
+Eight concepts and three seeds for the methods of Table 2, with four vectors and with one; four concepts and two seeds for
+the ablations of Table 3 and for further settings. The settings are those of the authors' launchers (`--preset released`);
+the printed ones, pictures in several places, the class word alone and a description in words are rows of their own. Each
+run is the training script's, by train_many.py; each is evaluated by evaluate.py with 40 prompts, at guidance scales 5 and
+1.5, some of them at several steps. Runs share the processor's cores (`--jobs`) or take turns on a GPU, and whatever is
+finished is not done again: stop it and start it as you like.
 
-Written to --output_dir: `report.md` with the tables beside the paper's and its orderings one by one, `report.json`, scatter
-plots, `runs/<concept>/<method>-<seed>` and `evaluations/<setting>/<concept>` with contact sheets.
+Written to --output_dir: `report.md` with the tables beside the paper's and its orderings one by one, `report.json`, plots
+(image against text score, the fronts over the steps, and the scores over the norm), `runs/<concept>/<method>-<seed>` and
+`evaluations/<setting>/<concept>` with contact sheets.
 
 Sections: 1 options, 2 methods and what the paper says of them, 3 training, 4 evaluation, 5 report, 6 main.
 """
@@ -19,22 +23,24 @@ import csv
 import datetime
 import io
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from evaluate import MEASURES, cell, draw_scatter, interval, markdown_table, miniature, statistics
-from export import UserError, make_parser, run, write_files
+from export import ENCODERS, Embedding, UserError, make_parser, read_embedding, run, write_embedding, write_files
+from generate import load_tokenizers
 from generate import number as at_least
-from rescale import magnitudes
+from rescale import vocabulary
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -52,6 +58,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
     add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with the pipeline, siglip, dinov2 and classifiers.")
+    add("--num_vectors", type=at_least(int, 1), default=4, help="Of a learned word, but for the rows that have one. A word of this world states one attribute, a subject has up to five.")
+    add("--place_seed", type=at_least(int, 0), default=0, help="Chooses the place of each concept's pictures.")
     add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
     add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
@@ -67,9 +75,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--seeds", type=at_least(int, 1), default=3, help="Training seeds for Table 2.")
     add("--ablation_concepts", type=at_least(int, 0), default=4, help="Concepts for Table 3; 0: Table 2 alone.")
     add("--ablation_seeds", type=at_least(int, 1), default=2, help="Training seeds for Table 3.")
-    add("--max_train_steps", type=at_least(int, 1), default=500, help="Paper: 500.")
+    add("--max_train_steps", type=at_least(int, 1), help="Of every run, for a trial. Default: each method's own.")
     add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="One evaluation for each.")
-    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0, 1, 2, 3], help="Pictures of each prompt. Paper: four.")
+    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Pictures of each prompt. Paper: four.")
     add("--prompts", default="world", help="As evaluate.py has them.")
     return parser
 # fmt: on
@@ -78,7 +86,8 @@ def command_line() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
-    args.pipeline = check_models(args.models, "sdxl")
+    args.pipeline, args.script = check_models(args.models, "sdxl"), SCRIPT
+    args.stock_pooling = args.ablation_concepts > 0
     check_concepts(max(args.concepts, args.ablation_concepts))
     return args
 
@@ -90,12 +99,21 @@ def check_concepts(count: int) -> None:
         raise UserError(f"--concepts {count}: the world has {available} subjects among its concepts.")
 
 
-JUDGES = ("siglip/config.json", "dinov2/config.json", "classifiers/model.safetensors")
+JUDGES = {
+    "siglip": "siglip",
+    "dino": "dinov2",
+    "classifiers": "classifiers",
+}  # evaluate.py's options, folders in --models
 
 
 def check_models(folder: Path, model: str) -> Path:
     """The pipeline's folder. Raises UserError for a folder that lacks it or a judge."""
-    for name in (f"{model}/model_index.json", *JUDGES):
+    for name in (
+        f"{model}/model_index.json",
+        "siglip/config.json",
+        "dinov2/config.json",
+        "classifiers/model.safetensors",
+    ):
         if not (folder / name).is_file():
             raise UserError(f"--models {folder} has no {name}: give the folder that train_models.py has filled.")
     return folder / model
@@ -105,7 +123,9 @@ def check_models(folder: Path, model: str) -> Path:
 # 2. Methods and what the paper says of them
 # ----------------------------------------------------------------------------------------------------------------------
 
-FREE = "--magnitude free --optimizer adamw"
+AUTHORS = "--preset=released"
+FREE = "--magnitude=free --optimizer=adamw"
+CROSSINIT = f"{FREE} --init=contextual --reg_weight=1e-5"
 
 
 @dataclass(frozen=True)
@@ -113,41 +133,70 @@ class Method:
     """A row of a table.
 
     Attributes:
-        options: the training script's; "{5}" stands for five times the vocabulary's mean norm.
+        options: the training script's, as --OPTION=VALUE.
         paper: its image and text score on SDXL in the paper, where it is there.
         of: for a finished embedding treated otherwise, the method that it is of.
-        ablation: trained for Table 3 only.
+        words: not trained; the concept's attribute (`initializer` or `description`) whose words stand for it.
+        at: steps at which it is evaluated on the way, on the concepts and seeds of the ablations.
+        ablation: for Table 3's concepts and seeds only.
+        several: trained on pictures each in a place of its own.
     """
 
     name: str
     options: str = ""
     paper: tuple[float, float] | None = None
     of: str | None = None
+    words: str | None = None
+    at: tuple[int, ...] = ()
     ablation: bool = False
+    several: bool = False
+
+    @property
+    def trained(self) -> bool:
+        return self.of is None and self.words is None
 
 
-METHODS = (
-    Method("TI", FREE, (0.561, 0.292)),
+TABLE_2 = (
+    Method("TI", f"{AUTHORS} {FREE}", (0.561, 0.292), at=(60, 120, 240)),
     Method("TI-rescaled", paper=(0.243, 0.466), of="TI"),
-    Method("CrossInit", f"{FREE} --init contextual --reg_weight 1e-5", (0.545, 0.464)),
-    Method("DTI", "", (0.450, 0.522)),
-    Method("AdamW", "--optimizer adamw", (0.335, 0.463), ablation=True),
-    Method("m* min", "--magnitude min", (0.030, 0.074), ablation=True),
-    Method("m* 5 x mean", "--magnitude {5}", ablation=True),
-    Method("m* 10 x mean", "--magnitude {10}", (0.383, 0.373), ablation=True),  # the paper's 5.0 is 12 times the mean
-    Method("kappa 0", "--kappa 0", (0.507, 0.436), ablation=True),
-    Method("kappa 5e-4", "--kappa 5e-4", (0.278, 0.688), ablation=True),
-    Method("eta 1e-2", "--learning_rate 1e-2", ablation=True),
-    Method("eta 2e-2", "--learning_rate 2e-2", ablation=True),
-    # A norm grows by the learning rate and with the root of the width: the miniature's narrow TI ends at 5 times the mean
-    # norm, the paper's at 50 times.
-    Method("TI, eta 2e-2", f"{FREE} --learning_rate 2e-2", ablation=True),
-    # A subject has up to five attributes, and a word of the miniature's states one of them.
-    Method("TI, 4 vectors", f"{FREE} --num_vectors 4", ablation=True),
-    Method("DTI, 4 vectors", "--num_vectors 4", ablation=True),
-    Method("TI, trained at end token", f"{FREE} --pooling eos", ablation=True),
-    Method("DTI, trained at end token", "--pooling eos", ablation=True),
+    Method("CrossInit", f"{AUTHORS} {CROSSINIT}", (0.545, 0.464), at=(120,)),
+    Method("DTI", AUTHORS, (0.450, 0.522), at=(120,)),
+    Method("DTI, our default"),
 )
+TABLE_3 = (
+    Method("AdamW", f"{AUTHORS} --optimizer=adamw", (0.335, 0.463), ablation=True),
+    Method("m* min", f"{AUTHORS} --magnitude=min", (0.030, 0.074), ablation=True),
+    Method("m* 5 x mean", f"{AUTHORS} --magnitude=5mean", ablation=True),
+    # The paper's 5.0 is 12 times the mean.
+    Method("m* 10 x mean", f"{AUTHORS} --magnitude=10mean", (0.383, 0.373), ablation=True),
+    Method("kappa 0", f"{AUTHORS} --kappa=0", (0.507, 0.436), ablation=True),
+    Method("kappa 5e-4", f"{AUTHORS} --kappa=5e-4", (0.278, 0.688), ablation=True),
+)
+OTHERS = (
+    Method("class word, not trained", words="initializer"),
+    Method("described in words, not trained", words="description"),
+    Method("DTI, --preset fast", "--preset=fast", ablation=True),
+    Method("TI, printed", f"--preset=paper {FREE}", at=(120, 180, 240), ablation=True),
+    Method("DTI, printed", "--preset=paper", ablation=True),
+    Method("TI, several places", f"{AUTHORS} {FREE}", ablation=True, several=True),
+    Method("DTI, several places", AUTHORS, ablation=True, several=True),
+    Method("DTI, our default, several places", ablation=True, several=True),
+)
+
+
+def with_one_vector(method: Method) -> Method:
+    options = f"{method.options} --num_vectors=1".strip()
+    return replace(
+        method, name=one_vector(method.name), options=options, of=method.of and one_vector(method.of), at=()
+    )
+
+
+def one_vector(name: str) -> str:
+    return f"{name}, one vector"
+
+
+METHODS = (*TABLE_2, *map(with_one_vector, TABLE_2), *TABLE_3, *OTHERS)
+FRONT = ("TI", "TI, printed", "CrossInit", "DTI", "DTI, our default", "DTI, --preset fast")
 
 # The paper's orderings on SDXL: by this measure the first is above the second.
 ORDERINGS = (
@@ -179,7 +228,7 @@ ORDERINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a method's on a concept from a seed."""
+    """One training: a method's on a concept from a seed. What is not trained has one run, of seed 0."""
 
     method: Method
     concept: str
@@ -193,40 +242,43 @@ class Run:
         name = "".join(c if c.isalnum() else "_" for c in self.method.name)
         return args.output_dir / "runs" / self.concept / f"{name}-{self.seed}"
 
+    def pictures(self, args: argparse.Namespace) -> Path:
+        """Folder of the pictures that it learns from."""
+        return (
+            args.output_dir / "concepts" / (f"{self.concept}-several-places" if self.method.several else self.concept)
+        )
+
+    def row(self, args: argparse.Namespace) -> dict[str, str]:
+        """The run as train_many.py has it: its name, and the script's options for it alone."""
+        row = {
+            "name": self.folder(args).relative_to(args.output_dir / "runs"),
+            "instance_data_dir": self.pictures(args),
+            "placeholder_token": f"<{self.concept}>",
+            "initializer_token": miniature("world").CONCEPTS[self.concept].initializer,
+            "num_vectors": args.num_vectors,
+            "seed": self.seed,
+        }
+        if self.method.at:
+            row["save_steps"] = math.gcd(*self.method.at)
+        words = [word.removeprefix("--").split("=", 1) for word in self.method.options.split()]
+        return {k: str(v) for k, v in row.items()} | dict(words)
+
+
+def subjects() -> list[str]:
+    return [name for name, concept in miniature("world").CONCEPTS.items() if concept.subject is not None]
+
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All trainings, a concept's methods together, Table 2 before Table 3."""
-    world = miniature("world")
-    concepts = [name for name, concept in world.CONCEPTS.items() if concept.subject is not None]
-    trained = [method for method in METHODS if method.of is None]
+    """All runs, a concept's methods together, Table 2 before the ablations."""
     runs = []
     for ablation, count, seeds in (
         (False, args.concepts, args.seeds),
         (True, args.ablation_concepts, args.ablation_seeds),
     ):
-        methods = [method for method in trained if method.ablation == ablation]
-        runs += [Run(m, concept, seed) for concept in concepts[:count] for seed in range(seeds) for m in methods]
+        methods = [method for method in METHODS if method.ablation == ablation and method.of is None]
+        for concept in subjects()[:count]:
+            runs += [Run(m, concept, seed) for seed in range(seeds) for m in methods if m.trained or seed == 0]
     return runs
-
-
-def training_command(item: Run, args: argparse.Namespace, mean: float) -> list[str]:
-    concept = miniature("world").CONCEPTS[item.concept]
-    options = {
-        "pretrained_model_name_or_path": args.pipeline,
-        "instance_data_dir": args.output_dir / "concepts" / item.concept,
-        "placeholder_token": f"<{item.concept}>",
-        "initializer_token": concept.initializer,
-        "output_dir": item.folder(args),
-        "resolution": miniature("world").SIZE,
-        "max_train_steps": args.max_train_steps,
-        "train_batch_size": args.train_batch_size,
-        "seed": item.seed,
-        "report_to": "none",
-        "resume_from_checkpoint": "latest",
-    }
-    chosen = item.method.options.replace("{5}", f"{5 * mean:.4f}").replace("{10}", f"{10 * mean:.4f}")
-    pairs = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, str(SCRIPT), *pairs, *chosen.split()]
 
 
 def call(command: list[str], log: Path) -> None:
@@ -256,10 +308,11 @@ def in_parallel(tasks: list, work, jobs: int, what: str) -> None:
 
 def write_photographs(runs: list[Run], args: argparse.Namespace) -> None:
     world = miniature("world")
-    for name in dict.fromkeys(item.concept for item in runs):
-        folder = args.output_dir / "concepts" / name
+    for folder, item in {item.pictures(args): item for item in runs}.items():
         folder.mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(world.instance_pictures(world.CONCEPTS[name])):
+        concept = world.CONCEPTS[item.concept]
+        place = None if item.method.several else world.home(concept, args.place_seed)
+        for number, picture in enumerate(world.instance_pictures(concept, place=place)):
             picture.save(folder / f"{number}.png")
 
 
@@ -276,16 +329,47 @@ def keep_options(args: argparse.Namespace, *names: str) -> None:
 
 
 def train_all(runs: list[Run], args: argparse.Namespace) -> None:
-    keep_options(args, "max_train_steps", "train_batch_size")
+    """Train what is not finished, the runs shared by --jobs processes. Raises UserError."""
     write_photographs(runs, args)
-    means = [m["mean"] for m in magnitudes(str(args.pipeline)).values()]
-    missing = [item for item in runs if not (item.folder(args) / "learned_embeds.safetensors").is_file()]
+    trained = [item for item in runs if item.method.trained]
+    write_files({args.output_dir / "runs.json": json.dumps([item.row(args) for item in trained]).encode()})
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.jobs)]
+    options = {
+        "script": args.script,
+        "subjects": args.output_dir / "runs.json",
+        "output_dir": args.output_dir / "runs",
+        "pretrained_model_name_or_path": args.pipeline,
+        "resolution": miniature("world").SIZE,
+        "train_batch_size": args.train_batch_size,
+        "report_to": "none",
+    }
+    if getattr(args, "max_train_steps", None):
+        options["max_train_steps"] = args.max_train_steps
+    command += [str(EXAMPLES / "train_many.py"), *(f"--{name}={value}" for name, value in options.items())]
+    log = args.output_dir / "train.log"
+    print(f"{len(trained)} runs; {log} tells how far they are", flush=True)
+    with log.open("wb") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if result.returncode:
+        raise UserError(f"train_many.py: a run failed; which one and why is in {log}.")
 
-    def train(item: Run) -> None:
-        command = training_command(item, args, sum(means) / len(means))
-        call(command, item.folder(args).with_suffix(".log"))
 
-    in_parallel(missing, train, args.jobs, "trained")
+def write_words(runs: list[Run], args: argparse.Namespace) -> None:
+    """Write the rows of the vocabulary that spell a concept's words as if they had been learned."""
+    matrices = {}
+    for item in runs:
+        if item.method.words:
+            matrices = matrices or {
+                name: torch.cat(list(vocabulary(str(args.pipeline), name))) for name in ENCODERS["sdxl"]
+            }
+            text = getattr(miniature("world").CONCEPTS[item.concept], item.method.words)
+            vectors = {}
+            for tokenizer, (name, matrix) in zip(
+                load_tokenizers(str(args.pipeline), "sdxl", None), matrices.items(), strict=True
+            ):
+                vectors[name] = matrix[tokenizer(text, add_special_tokens=False).input_ids].float()
+            write_embedding(Embedding(f"<{item.concept}>", vectors), item.folder(args))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,7 +393,7 @@ POOLING_METHODS = ("TI", "DTI")  # sampled with stock pooling too, at the last g
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
-    stock = [Setting(args.guidance_scales[-1], "stock")] if args.ablation_concepts else []
+    stock = [Setting(args.guidance_scales[-1], "stock")] if args.stock_pooling else []
     return [Setting(scale) for scale in args.guidance_scales] + stock
 
 
@@ -317,15 +401,25 @@ def evaluation_folder(setting: Setting, concept: str, args: argparse.Namespace) 
     return args.output_dir / "evaluations" / setting.name / concept
 
 
-def evaluated_runs(setting: Setting, runs: list[Run], args: argparse.Namespace) -> list[Run]:
-    if setting.pooling == "eos":
-        return runs
-    concepts = list(dict.fromkeys(item.concept for item in runs))[: args.ablation_concepts]
-    return [
-        item
-        for item in runs
-        if item.method.name in POOLING_METHODS and item.concept in concepts and item.seed < args.ablation_seeds
-    ]
+def ablated(item: Run, args: argparse.Namespace) -> bool:
+    """Whether the run is of the concepts and seeds of the ablations."""
+    return item.concept in subjects()[: args.ablation_concepts] and item.seed < args.ablation_seeds
+
+
+def at_step(method: str, step: int) -> str:
+    return f"{method} @{step}"
+
+
+def embeddings_of(setting: Setting, item: Run, args: argparse.Namespace) -> dict[str, Path]:
+    """What is evaluated of a run: by label, the finished embedding and those on the way."""
+    folder, method = item.folder(args), item.method
+    if setting.pooling == "stock":
+        return {item.label: folder} if method.name in POOLING_METHODS and ablated(item, args) else {}
+    on_the_way = method.at if ablated(item, args) else ()
+    files = {
+        f"{at_step(method.name, n)} #{item.seed}": folder / f"learned_embeds-steps-{n}.safetensors" for n in on_the_way
+    }
+    return {item.label: folder} | {label: file for label, file in files.items() if file.is_file()}
 
 
 def evaluate_concept(task: tuple[Setting, str, list[Run]], args: argparse.Namespace) -> None:
@@ -336,36 +430,31 @@ def evaluate_concept(task: tuple[Setting, str, list[Run]], args: argparse.Namesp
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["subject", "method", "path", "instance_data_dir", "class_word"])
     pictures, word = args.output_dir / "concepts" / concept, miniature("world").CONCEPTS[concept].initializer
+    rescaled = {method.of for method in METHODS if method.of} if setting.pooling == "eos" else set()
+    options = []
     for item in runs:
-        writer.writerow([concept, item.label, item.folder(args), pictures, word])
+        for label, path in embeddings_of(setting, item, args).items():
+            writer.writerow([concept, label, path, pictures, word])
+        options += [f"{item.label}=mean"] * (item.method.name in rescaled)
     write_files({folder / "table.csv": rows.getvalue().encode()})
-    options = {
-        "pretrained_model_name_or_path": args.pipeline,
-        "table": folder / "table.csv",
-        "output_dir": folder,
-        "prompts": args.prompts,
-        "dino": args.models / "dinov2",
-        "siglip": args.models / "siglip",
-        "classifiers": args.models / "classifiers",
-        "guidance_scale": setting.guidance_scale,
-        "pooling": setting.pooling,
-        "num_inference_steps": args.num_inference_steps,
-        "batch_size": 40,
-        "dtype": args.dtype,
-        "device": args.device,
-    }
-    command = [sys.executable, str(EXAMPLES / "evaluate.py")]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += ["--seeds", *map(str, args.picture_seeds)]
-    rescaled = [f"{item.label}=mean" for item in runs if item.method.name == "TI" and setting.pooling == "eos"]
-    call(command + (["--rescale", *rescaled] if rescaled else []), folder / "evaluate.log")
+    command = [sys.executable, str(EXAMPLES / "evaluate.py"), "--seeds", *map(str, args.picture_seeds)]
+    command += ["--rescale", *options] if options else []
+    judges = {name: args.models / folder for name, folder in JUDGES.items()}
+    sampling = {"guidance_scale": setting.guidance_scale, "pooling": setting.pooling, "batch_size": 40}
+    sampling |= {name: getattr(args, name) for name in ("num_inference_steps", "dtype", "device", "prompts")}
+    files = {"pretrained_model_name_or_path": args.pipeline, "table": folder / "table.csv", "output_dir": folder}
+    command += [part for name, value in (files | judges | sampling).items() for part in (f"--{name}", str(value))]
+    call(command, folder / "evaluate.log")
+
+
+RESCALED = {method.of: method.name for method in METHODS if method.of}
 
 
 def evaluate_all(runs: list[Run], args: argparse.Namespace) -> dict[str, list[dict]]:
     """The records of all pictures by setting, with the method's name in place of the run's."""
     tasks = []
     for setting in settings_of(args):
-        chosen = evaluated_runs(setting, runs, args)
+        chosen = [item for item in runs if embeddings_of(setting, item, args)]
         for concept in dict.fromkeys(item.concept for item in chosen):
             tasks.append((setting, concept, [item for item in chosen if item.concept == concept]))
     in_parallel(tasks, lambda task: evaluate_concept(task, args), args.jobs, "evaluated")
@@ -374,7 +463,7 @@ def evaluate_all(runs: list[Run], args: argparse.Namespace) -> dict[str, list[di
         report = json.loads((evaluation_folder(setting, concept, args) / "evaluation.json").read_text("utf-8"))
         for record in report["records"]:
             method, _, rest = record["method"].partition(" #")
-            record["method"] = method + "-rescaled" * rest.endswith("-rescaled")
+            record["method"] = RESCALED[method] if rest.endswith("-rescaled") else method
             records.setdefault(setting.name, []).append(record)
     return records
 
@@ -463,28 +552,115 @@ def facts_of(args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Path:
-    facts = facts_of(args) | {"training": f"{args.max_train_steps} steps, batch {args.train_batch_size}"}
+@dataclass(frozen=True)
+class Curve:
+    """A method over its steps: the points (attributes right, image score, mean norm of the embeddings) in their order."""
+
+    name: str
+    steps: list[int]
+    said: list[float]
+    image: list[float]
+    norms: list[float]
+
+
+def curves(records: list[dict], runs: list[Run], args: argparse.Namespace) -> list[Curve]:
+    """Each method of FRONT that was evaluated at several steps or ended once, over the ablations' concepts and seeds."""
+    found = []
+    for name in FRONT:
+        mine = [item for item in runs if item.method.name == name and ablated(item, args)]
+        chosen = [r for r in records if r["subject"] in {item.concept for item in mine}]
+        labels = [(n, at_step(name, n)) for n in (mine[0].method.at if mine else ())] + [
+            (steps_of(mine, args), name)
+        ] * bool(mine)
+        points = []
+        for step, label in labels:
+            image, said = (concept_means(chosen, label, measure) for measure in ("image", "said"))
+            if image:
+                norm = [mean_norm(embeddings_of(Setting(0), item, args)[f"{label} #{item.seed}"]) for item in mine]
+                points.append([step, *(sum(x) / len(x) for x in (said.values(), image.values(), norm))])
+        if points:
+            found.append(Curve(name, *map(list, zip(*points, strict=True))))
+    return found
+
+
+def steps_of(runs: list[Run], args: argparse.Namespace) -> int:
+    return json.loads((runs[0].folder(args) / "training_options.json").read_text("utf-8"))["options"][
+        "max_train_steps"
+    ]
+
+
+def mean_norm(path: Path) -> float:
+    """Mean norm of an embedding's vectors, over its text encoders."""
+    return torch.cat([rows.norm(dim=-1) for rows in read_embedding(path).vectors.values()]).mean().item()
+
+
+def draw_curves(curves: list[Curve]) -> tuple[bytes, bytes]:
+    """Image score against attributes over the steps, a curve a method; and both against the norm of plain TI's embeddings."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    front, norms = (Figure(figsize=(7, 5), layout="constrained") for _ in range(2))
+    axes = front.subplots()
+    for curve in curves:
+        axes.plot(curve.said, curve.image, "o-", label=curve.name)
+        for step, x, y in zip(curve.steps, curve.said, curve.image, strict=True):
+            axes.annotate(str(step), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="attributes of the prompt that are right", ylabel="image score")
+    axes.legend(fontsize=8)
+    left = norms.subplots()
+    right = left.twinx()
+    for number, curve in enumerate(curve for curve in curves if curve.name.startswith("TI")):
+        left.plot(curve.norms, curve.said, "o-", color=f"C{number}", label=f"attributes right, {curve.name}")
+        right.plot(curve.norms, curve.image, "o--", color=f"C{number}", label=f"image score, {curve.name}")
+    left.set(xlabel="mean norm of the embedding", ylabel="attributes of the prompt that are right (line)")
+    right.set(ylabel="image score (dashed)")
+    left.legend(loc="lower left", fontsize=8)
+    pictures = []
+    for figure in (front, norms):
+        FigureCanvasAgg(figure).print_png(content := io.BytesIO())
+        pictures.append(content.getvalue())
+    return tuple(pictures)
+
+
+def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse.Namespace) -> Path:
+    facts = facts_of(args) | {
+        "training": f"batch {args.train_batch_size}, {args.num_vectors} vectors; pictures in one place"
+    }
     parts = ["# The paper's Tables 2 and 3 in miniature", "", *(f"- {k}: {v}" for k, v in facts.items())]
     parts += ["", "Intervals are 95%, over concepts; seeds are averaged first. Differences are paired by concept.", ""]
-    found, plots = {}, {}
+    found, files, points = {}, {}, {}
     for name, mine in records.items():
-        shared = {r["subject"] for r in mine if r["method"] == "AdamW"}
-        ablated = [r for r in mine if r["subject"] in shared]
         parts += [f"## {name}", ""]
         if name.endswith("-stock"):
             parts += ["Pooled in sampling as a stock pipeline does, at the new word.", ""]
             parts += [table(mine, list(POOLING_METHODS)), ""]
             continue
-        parts += [table(mine, [m.name for m in METHODS if not m.ablation]), ""]
-        if ablated:
-            parts += ["The ablations, on the concepts that all of these have:", ""]
-            parts += [table(ablated, [m.name for m in METHODS]), ""]
+        few = [r for r in mine if r["subject"] in subjects()[: args.ablation_concepts]]
+        untrained = [method.name for method in OTHERS if method.words]
+        rest = [method.name for method in OTHERS if not method.words]
+        sections = {
+            "Table 2": (mine, [*(m.name for m in TABLE_2), *untrained]),
+            "Table 2, one vector": (mine, [one_vector(m.name) for m in TABLE_2]),
+            "Table 3": (few, ["DTI", *(m.name for m in TABLE_3)]),
+            "Other settings and photographs": (few, ["TI", "DTI", "DTI, our default", *rest]),
+        }
+        for title, (rows, methods) in sections.items():
+            parts += [f"### {title}", "", table(rows, methods), ""]
         text, found[name] = orderings(mine)
-        parts += [text, "", f"![image against text score](scatter-{name}.png)", ""]
-        plots[f"scatter-{name}.png"] = draw_scatter(statistics(mine))
-    content = json.dumps({"facts": facts, "orderings": found}, indent=1) + "\n"
-    files = {"report.md": "\n".join(parts).encode(), "report.json": content.encode(), **plots}
+        points[name] = curves(mine, runs, args)
+        parts += ["### The paper's orderings", "", text, ""]
+        parts += [f"![image against attributes over the steps](front-{name}.png)", ""]
+        parts += [
+            f"![scores against the norm](norm-{name}.png)",
+            "",
+            f"![image against text score](scatter-{name}.png)",
+            "",
+        ]
+        files[f"scatter-{name}.png"] = draw_scatter(statistics([r for r in mine if "@" not in r["method"]]))
+        files[f"front-{name}.png"], files[f"norm-{name}.png"] = draw_curves(points[name])
+    curves_by_name = {name: [asdict(curve) for curve in some] for name, some in points.items()}
+    content = json.dumps({"facts": facts, "orderings": found, "curves": curves_by_name}, indent=1) + "\n"
+    files |= {"report.md": "\n".join(parts).encode(), "report.json": content.encode()}
     write_files({args.output_dir / name: data for name, data in files.items()})
     return args.output_dir / "report.md"
 
@@ -496,9 +672,11 @@ def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Pa
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    keep_options(args, "max_train_steps", "train_batch_size", "num_vectors", "place_seed")
     runs = plan(args)
+    write_words(runs, args)
     train_all(runs, args)
-    path = write_report(evaluate_all(runs, args), args)
+    path = write_report(evaluate_all(runs, args), runs, args)
     print(path.read_text(encoding="utf-8"))
 
 

@@ -16,20 +16,20 @@ def options(miniature_models, tmp_path):
 
 
 def test_every_setting_is_one_that_the_script_understands(options):
-    grid = "--steps 30 60 --total_angles 4.8 --schedules constant linear --concepts 2 --seeds 1 --variants".split()
-    args = sweep.parse_args(options(*grid, "=", "batch 8=--train_batch_size=8"))
+    grid = "--steps 30 60 --total_angles 4.8 --schedules constant linear --magnitudes 2mean --concepts 2 --seeds 1 --variants"
+    args = sweep.parse_args(options(*grid.split(), "=", "batch 8=--train_batch_size=8"))
     settings = sweep.settings_of(args)
-    assert len(settings) == 1 + 2 * 1 * 2 * 2
+    assert len(settings) == 2 * 1 * 1 * 2 * 2
     given = {}
-    for method in settings:
-        row = sweep.subject_row(reproduce.Run(method, "zebra_star", 1), args)
-        argv = [f"--{k}={v}" for k, v in row.items() if k != "name"]
+    for method in (*sweep.references(several=False), *settings):
+        argv = [f"--{k}={v}" for k, v in reproduce.Run(method, "zebra_star", 1).row(args).items() if k != "name"]
         given[method.name] = script.parse_args([*argv, "--output_dir=x", "--pretrained_model_name_or_path=x"])
-    paper = given[next(iter(settings)).name]
+    paper = given["DTI, printed"]
     assert (paper.max_train_steps, paper.learning_rate, paper.lr_scheduler) == (500, 0.005, "constant")
-    other = given["60 steps, 0.08 linear, batch 8"]
+    other = given["2mean, 60 steps, 0.08 linear, batch 8"]
     assert (other.max_train_steps, other.learning_rate, other.lr_scheduler) == (60, 0.08, "linear")
     assert other.train_batch_size == 8 and other.seed == 1 and other.placeholder_token == "<zebra_star>"
+    assert other.magnitude == "2mean"
 
 
 @pytest.mark.parametrize(
@@ -56,34 +56,33 @@ def test_another_models_runs_are_not_taken_for_these(options, tmp_path):
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def row(image: float, said: float) -> dict:
-    return {"image": {"mean": image}, "said": {"mean": said}}
+def row(image: float, said: float, within: float = 0.0) -> dict:
+    return {name: {"mean": mean, "high": mean + within} for name, mean in (("image", image), ("said", said))}
 
 
-def test_the_front_has_what_no_other_setting_beats():
-    rows = [row(0.5, 0.9), row(0.6, 0.8), row(0.5, 0.8), row(0.4, 0.95)]
-    assert [sweep.on_front(each, rows) for each in rows] == [True, True, False, True]
+def test_a_point_dominates_what_is_better_by_neither_score():
+    assert sweep.dominates(row(0.6, 0.9), row(0.5, 0.9)) and sweep.dominates(row(0.6, 0.9), row(0.5, 0.8))
+    assert not sweep.dominates(row(0.6, 0.8), row(0.5, 0.9)) and not sweep.dominates(row(0.5, 0.9), row(0.5, 0.9))
 
 
-def test_better_is_better_by_one_score_and_not_worse_by_the_other():
-    up, down, about = {"low": 0.1, "high": 0.3}, {"low": -0.3, "high": -0.1}, {"low": -0.1, "high": 0.1}
-    assert "better in image" in sweep.verdict({"image": up, "said": about})
-    assert "worse in said" in sweep.verdict({"image": up, "said": down})
-    assert sweep.verdict({"image": about, "said": about}) == ""
+def test_a_setting_is_beaten_only_by_more_than_its_interval():
+    assert sweep.beaten(row(0.5, 0.8, within=0.05), row(0.6, 0.82))
+    assert not sweep.beaten(row(0.5, 0.8, within=0.2), row(0.6, 0.82))
+    assert not sweep.beaten(row(0.5, 0.8), row(0.9, 0.79))  # which does not dominate it
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", sweep.PAPERS)
+@pytest.mark.parametrize("model", sweep.MODELS)
 def test_a_small_sweep_trains_scores_and_reports(options, tmp_path, monkeypatch, model):
-    monkeypatch.setitem(sweep.PAPERS, model, (3, 0.02))
-    grid = f"--model {model} --steps 2 --total_angles 0.04 --schedules constant --concepts 2 --seeds 1 --num_inference_steps 1"
+    short = reproduce.Method("TI", f"--preset=released {reproduce.FREE} --max_train_steps=3", at=(1,))
+    monkeypatch.setattr(sweep, "METHODS", [short])
+    grid = f"--model {model} --steps 2 --total_angles 0.04 --magnitudes 2mean --concepts 2 --seeds 1 --num_inference_steps 1"
     sweep.main(options(*grid.split()))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [setting["setting"] for setting in report["settings"]] == [
-        "paper: 3 steps, 0.02 constant",
-        "2 steps, 0.02 constant",
-    ]
-    assert all(setting["image"]["n"] == setting["said"]["n"] == 2 for setting in report["settings"])
-    assert (tmp_path / "out" / "fronts.png").stat().st_size > 5000
+    for scale in ("guidance-5", "guidance-1.5"):
+        settings = report["settings"][scale]
+        assert list(settings) == ["TI @1", "TI", "2mean, 2 steps, 0.02 linear"]
+        assert all(setting["image"]["n"] == setting["said"]["n"] == 2 for setting in settings.values())
+        assert (tmp_path / "out" / f"front-{scale}.png").stat().st_size > 5000
     noted = next((tmp_path / "out" / "runs").rglob("training_options.json")).read_text()
     assert json.loads(noted)["options"]["pretrained_model_name_or_path"].endswith(f"/{model}")
