@@ -348,7 +348,27 @@ def check_options(args: argparse.Namespace) -> None:
     for prompt in args.validation_prompt:
         if "{}" not in prompt and args.placeholder_token not in prompt:
             raise UserError(f"--validation_prompt {prompt!r} has neither {{}} nor {args.placeholder_token!r} in it.")
+    check_apart(args.output_dir, args.instance_data_dir or Path(args.dataset_name))
     check_output_dir(args.output_dir)
+
+
+def check_apart(output_dir: Path, photographs: Path) -> None:
+    """Refuse to write where photographs are read: the next run would learn from its own pictures. Raises UserError."""
+
+    def within(inner: Path, outer: Path) -> bool:
+        inner = Path(os.path.realpath(inner))
+        return any(os.path.samefile(path, outer) for path in (inner, *inner.parents) if os.path.exists(path))
+
+    if not os.path.isdir(photographs):
+        return
+    relation = "lies in" if within(output_dir, photographs) else None
+    if os.path.isdir(output_dir) and within(photographs, output_dir):
+        relation = "is" if relation else "holds"
+    if relation:
+        raise UserError(
+            f"--output_dir {output_dir} {relation} the photographs' folder {photographs}, and the next run would take this"
+            " one's pictures for photographs: give a folder beside it."
+        )
 
 
 def check_output_dir(folder: Path) -> None:

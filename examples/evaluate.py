@@ -65,7 +65,7 @@ from generate import (
     to_png,
 )
 from generate import number as at_least
-from pictures import open_picture, pictures_in
+from pictures import check_apart, open_picture, pictures_in
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rescale import chosen_magnitudes, magnitude_rule, magnitudes, model_family, one_line, rescale
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
@@ -152,7 +152,6 @@ def check_options(args: argparse.Namespace) -> None:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device} cannot be used: {one_line(error)}") from None
-    check_output_dir(args.output_dir)
 
 
 OUTPUTS = (
@@ -1088,6 +1087,9 @@ def evaluate(cases: list[Case], args: argparse.Namespace) -> dict:
     # Whatever can be wrong is read first: the small files, then the judges, and the pipeline last.
     subjects = {case.subject: case for case in reversed(cases)}
     subjects = {case.subject: subjects[case.subject] for case in cases}
+    for case in cases:
+        check_apart(args.output_dir, case.instance_data_dir)
+    check_output_dir(args.output_dir)
     references = {name: read_references(case.instance_data_dir, case.masks) for name, case in subjects.items()}
     jobs = make_jobs(cases, read_embeddings(cases, args), args)
     image_score, text_score = ImageScore(args.dino, args.device), TextScore(args.siglip, args.device)

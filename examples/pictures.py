@@ -26,3 +26,11 @@ def pictures_in(folder: Path, option: str) -> list[Path]:
         return training.find_images(folder, option)
     except training.UserError as error:
         raise UserError(str(error)) from None
+
+
+def check_apart(output_dir: Path, folder: Path) -> None:
+    """Refuse to write where the pictures are that are read. Raises UserError."""
+    try:
+        training.check_apart(output_dir, folder)
+    except training.UserError as error:
+        raise UserError(str(error)) from None

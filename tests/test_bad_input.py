@@ -43,6 +43,8 @@ def bad(small, tmp_path):
         target = tmp_path / name
         if name == "empty":
             target.mkdir()
+        elif name == "photos":
+            shutil.copytree(small / "photos", target, dirs_exist_ok=True)
         elif name == "truncated":
             target.mkdir()
             noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
@@ -175,6 +177,16 @@ CASES = [
     ({"pretrained_model_name_or_path": "@predicts_sample"}, "predicts 'sample'"),
     ({"pretrained_model_name_or_path": "@no_encoder"}, "is not complete"),
     ({"output_dir": "@file"}, "--output_dir .*file cannot be written to"),
+    ({"instance_data_dir": "@photos", "output_dir": "@photos"}, "--output_dir .*photos is the photographs' folder"),
+    (
+        {"instance_data_dir": "@photos", "output_dir": "@photos/out"},
+        "--output_dir .*out lies in the photographs' folder",
+    ),
+    ({"instance_data_dir": "@photos", "output_dir": "@"}, "--output_dir .* holds the photographs' folder"),
+    (
+        {"instance_data_dir": None, "dataset_name": "@images_and_text", "output_dir": "@images_and_text/out"},
+        "--output_dir .*out lies in the photographs' folder .*images_and_text",
+    ),
     ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written to"),
     ({"init_embedding": "@wide"}, r"--init_embedding .*width \[768, 1280\].*need \[32, 48\]"),
     ({"init_embedding": "@none"}, "--init_embedding .*none cannot be read"),

@@ -275,3 +275,25 @@ def test_each_example_has_noise_of_its_own_that_repeats():
     assert noise.shape == like.shape and len({float(row[0, 0, 0]) for row in noise}) == 3
     assert torch.equal(draw(2)[0], noise[2])
     assert not torch.equal(script.draw_normal(like[:1], [script.noise_generator(1, 0)])[0], noise[0])
+
+
+def test_the_output_folder_is_apart_from_the_photographs(tmp_path):
+    photos = tmp_path / "all" / "photos"
+    photos.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(photos)
+    for output, relation in [
+        (photos, "is"),
+        (tmp_path / "link", "is"),
+        (tmp_path / "all" / "out" / ".." / "photos", "is"),
+        (photos / "new" / "out", "lies in"),
+        (tmp_path / "link" / "out", "lies in"),
+        (tmp_path / "all", "holds"),
+        (tmp_path, "holds"),
+    ]:
+        (tmp_path / "all" / "out").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f" {relation} the photographs' folder"):
+            script.check_apart(output, photos)
+        assert not (photos / "new").exists() and not (photos / "out").exists()
+    for output in (tmp_path / "all" / "out", tmp_path / "all" / "photos-out", tmp_path / "none" / "photos"):
+        script.check_apart(output, photos)
+        script.check_apart(output, tmp_path / "nowhere")

@@ -490,3 +490,14 @@ def test_the_script_shows_one_line_and_a_status(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["examples/evaluate.py", *command(table="none.csv")])
     with pytest.raises(SystemExit, match="^evaluate.py: error: --table none.csv cannot be read[^\n]*$"):
         run(evaluate.main)
+
+
+def test_the_output_is_apart_from_the_photographs(command, material, tmp_path):
+    photos = material / "zebra_star"
+    with pytest.raises(UserError, match="out lies in the photographs' folder"):
+        evaluate.main(command(output_dir=photos / "out"))
+    one = {"table": None, "instance_data_dir": photos, "class_word": "star", "embeddings": "DTI=out"}
+    for folder, relation in ((photos, "is"), (material, "holds")):
+        with pytest.raises(UserError, match=f" {relation} the photographs' folder"):
+            evaluate.main(command(output_dir=folder, **one))
+    assert sorted(path.suffix for path in photos.iterdir()) == [".png"] * len(list(photos.iterdir()))
