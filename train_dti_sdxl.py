@@ -31,7 +31,8 @@ Written to --output_dir: `learned_embeds.safetensors` and `learned_embeds_2.safe
 `pipe.load_lora_weights`, `training_curves.png`, `training_options.json`, and `validation-*.png` for each
 --validation_prompt. The lines that load the result are printed at the end.
 
-Sections: 1 options, 2 sphere, 3 token, 4 data, 5 Stable Diffusion XL, 6 saving and sharing, 7 validation and logging, 8 main.
+Sections: 1 options and checks, 2 sphere, 3 token and LoRA, 4 data, 5 Stable Diffusion XL, 6 saving and sharing, 7 validation and
+logging, 8 main.
 """
 
 import argparse
@@ -99,7 +100,7 @@ logger = logging.getLogger("dti")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Options
+# 1. Options, and what is checked before any weight loads
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -152,30 +153,14 @@ def module_names(text: str) -> list[str]:
     return names
 
 
-# What --preset stands for, by optimizer: found in the miniature world (examples/presets), the paper's settings, and those
-# that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
-PRESETS = {
-    "default": {
-        "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"}
-    },
-    "fast": {"rsgd": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear", "magnitude": "mean"}},
-    "paper": {
-        "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
-        "adamw": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
-    },
-    "released": {
-        "rsgd": {"max_train_steps": 400, "learning_rate": 0.04, "lr_scheduler": "constant", "magnitude": "mean"},
-        "adamw": {"max_train_steps": 400, "learning_rate": 0.02, "lr_scheduler": "constant", "magnitude": "mean"},
-    },
-}
 METHOD_OPTIONS = ("learning_rate", "lr_scheduler", "kappa", "magnitude", "optimizer", "init")  # told with the result
 
 # fmt: off
 
 
-def add_method_options(parser: argparse.ArgumentParser) -> None:
+def add_method_options(parser: argparse.ArgumentParser, presets: dict) -> None:
     add = parser.add_argument_group("method").add_argument
-    add("--preset", choices=PRESETS, default=None, help="Steps, learning rate, schedule and magnitude together; each gives way to an option of its own. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
+    add("--preset", choices=presets, default=None, help="Steps, learning rate, schedule and magnitude together; each gives way to an option of its own. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
     add("--learning_rate", type=number(float, 0, above=True), default=None, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians. Default: the preset's.")
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation steps and processes, as the authors' launchers do. What is printed and saved is the product.")
     add("--kappa", type=number(float, 0), default=None, help="Concentration of the von Mises-Fisher prior towards the initializer; paper: 1e-4 (default), 5e-5 to 2e-4 works. No prior with --magnitude free.")
@@ -225,18 +210,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model and sampling").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a Stable Diffusion XL pipeline in diffusers' format.")
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline in diffusers' format.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--hub_token", default=None, help="Token for gated or private models and data sets and for --push_to_hub. Better: log in once with `hf auth login`.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). The VAE encodes and the embedding is trained in float32 always.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). SANA overflows in fp16. The VAE encodes and the embedding is trained in float32 always.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere and newer GPUs.")
-    add("--gradient_checkpointing", action="store_true", help="Recompute activations of the UNet and the text encoders in the backward pass: less memory, slower.")
-    add("--compile", action="store_true", help="Compile the UNet's repeated blocks with torch.compile.")
-    add("--pooling", choices=["stock", "eos"], default="stock", help="Where the second encoder's pooled output is read in training: as a stock pipeline does (at the new word), or at the end token.")
-    add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
-    add("--validation_guidance_scale", type=number(float, 0), default=5.0, help="Guidance scale of the validation images.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations of the denoiser and the text encoders in the backward pass: less memory, slower.")
+    add("--compile", action="store_true", help="Compile the denoiser's repeated blocks with torch.compile.")
 
 
 def add_loop_options(parser: argparse.ArgumentParser) -> None:
@@ -272,27 +254,28 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(model_class: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_method_options(parser)
+    add_method_options(parser, model_class.presets)
     add_token_options(parser)
     add_lora_options(parser)
     add_data_options(parser)
     add_model_options(parser)
+    model_class.add_options(parser)
     add_loop_options(parser)
     add_sharing_options(parser)
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    args = make_parser().parse_args(argv)
+def parse_args(argv: list[str] | None, model_class: type) -> argparse.Namespace:
+    args = make_parser(model_class).parse_args(argv)
     args.preset = args.preset or ("default" if args.optimizer == "rsgd" else "paper")
-    for name, value in PRESETS[args.preset].get(args.optimizer, {}).items():
+    for name, value in model_class.presets[args.preset].get(args.optimizer, {}).items():
         if getattr(args, name) is None and not (args.scale_lr and name == "learning_rate"):
             setattr(args, name, value)
     if args.kappa is None:
@@ -302,13 +285,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(model) -> None:
     """Refuse what can be seen to be wrong without reading anything but the options. Raises UserError."""
+    args, step = model.args, model.resolution_step
     for name, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, (str, Path)) and re.search("[\ud800-\udfff]", str(text)):
                 raise UserError(f"--{name} is not valid UTF-8: write it in a terminal that is set to UTF-8.")
-    if args.optimizer not in PRESETS[args.preset]:
+    if args.optimizer not in model.presets[args.preset]:
         raise UserError(f"--preset {args.preset} has a learning rate for --optimizer rsgd: leave one of them out.")
     if args.learning_rate is None:
         raise UserError("--scale_lr multiplies --learning_rate, and a preset's is not to be multiplied: give one.")
@@ -336,9 +320,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--init contextual needs --initializer_token.")
     if args.init_embedding is not None and args.init == "contextual":
         raise UserError("--init contextual and --init_embedding both say where to start: leave one out.")
-    if args.resolution % RESOLUTION_STEP:
-        fits = max(args.resolution // RESOLUTION_STEP, 1) * RESOLUTION_STEP
-        raise UserError(f"--resolution {args.resolution} is not a multiple of {RESOLUTION_STEP}: try {fits}.")
+    if args.resolution % step:
+        fits = max(args.resolution // step, 1) * step
+        raise UserError(f"--resolution {args.resolution} is not a multiple of {step}: try {fits}.")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise UserError(
             "--hub_token would be logged by --report_to wandb: log in with `hf auth login` and leave it out."
@@ -381,6 +365,69 @@ def check_output_dir(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another folder."
+        ) from None
+
+
+def hub_options(args: argparse.Namespace) -> dict:
+    return {"revision": args.revision, "token": args.hub_token}
+
+
+@contextlib.contextmanager
+def missing_parts_as_user_errors(args: argparse.Namespace):
+    """Turn the loaders' errors about missing or damaged files into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        name = args.pretrained_model_name_or_path
+        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
+
+
+def check_model(model) -> None:
+    """Read the pipeline's index and the scheduler's configuration, and refuse another kind of model. Raises UserError."""
+    name, options, wanted = (
+        model.args.pretrained_model_name_or_path,
+        hub_options(model.args),
+        model.pipeline_class.__name__,
+    )
+    option = f"--pretrained_model_name_or_path {name}"
+    if os.path.isfile(name):
+        raise UserError(f"{option} is a file: load it with {wanted}.from_single_file and save_pretrained a folder.")
+    if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
+        raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
+    try:
+        found = str(DiffusionPipeline.load_config(name, **options).get("_class_name"))
+        scheduler = model.scheduler_class.load_config(name, subfolder="scheduler", **options)
+        prediction = scheduler.get("prediction_type")
+    except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{option} cannot be read: {reason}") from None
+    if found != wanted:
+        remedy = f": use {model.other_scripts[found]}" if found in model.other_scripts else ""
+        raise UserError(f"{option} is a {found}; this script trains a {wanted}{remedy}.")
+    if prediction not in model.predictions:
+        known = ", ".join(filter(None, model.predictions))
+        raise UserError(f"{option} predicts {prediction!r}; this script knows {known}.")
+
+
+def check_lora_targets(model) -> None:
+    """Try the adapters on a denoiser without weights: --lora_target_modules may name nothing. Raises UserError."""
+    args, denoiser_class = model.args, model.denoiser_class
+    if not args.rank:
+        return
+    with missing_parts_as_user_errors(args):
+        config = denoiser_class.load_config(
+            args.pretrained_model_name_or_path, subfolder=model.denoiser_name, **hub_options(args)
+        )
+        with torch.device("meta"):
+            denoiser = denoiser_class.from_config(config)
+    try:
+        denoiser.add_adapter(lora_config(args))
+    except ValueError:
+        linear = [name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
+        raise UserError(
+            f"--lora_target_modules {','.join(args.lora_target_modules)}: the model has no such layers, or ones that"
+            f" take no adapter. Of its linear layers one is {linear[len(linear) // 2]}."
         ) from None
 
 
@@ -482,7 +529,7 @@ class TokenAdamW(torch.optim.AdamW):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Token: the new word, its place in the tokenizers and encoders, and where it starts
+# 3. What is trained: the new word, its place in the tokenizers and encoders and where it starts, and LoRA
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -558,14 +605,14 @@ def initializer_ids(tokenizer, initializer: str) -> list[int]:
     return ids
 
 
-def add_placeholder(tokenizer, placeholder: str, num_vectors: int) -> int:
+def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int) -> int:
     """Add the new word to the tokenizer and return its first token id. Raises UserError where the name will not do."""
     option = f"--placeholder_token {placeholder!r}"
     if not placeholder.strip():
         raise UserError(f'{option} is empty: give a new word, such as "<my-dog>".')
     if re.search(r"\s", placeholder):
         raise UserError(f"{option} has spaces in it: write {'-'.join(placeholder.split())!r}.")
-    if web_name(placeholder).lower() in EMBEDDING_FILES:
+    if web_name(placeholder).lower() in model.embedding_files:
         raise UserError(f"{option}: the file {web_name(placeholder)}.safetensors is diffusers': choose another.")
     if len(web_name(placeholder).encode()) > 200:  # of the 255 bytes of a file name; the step and suffixes follow
         raise UserError(f"{option} is too long for the name of a file: shorten it.")
@@ -588,7 +635,7 @@ def add_placeholder(tokenizer, placeholder: str, num_vectors: int) -> int:
     tokenizer.add_tokens(names)
     ids = tokenizer.convert_tokens_to_ids(names)
     # What the pipeline makes of a prompt must hold exactly these tokens. Capitals can prevent it, by tokenizer version.
-    prompt = to_pipeline_prompt(f"a {placeholder} here", tokenizer)
+    prompt = model.to_pipeline_prompt(f"a {placeholder} here", tokenizer)
     if [token_id for token_id in tokenizer(prompt).input_ids if token_id >= ids[0]] != ids:
         reason = "is not found again in a prompt as the pipeline tokenizes it"
         raise UserError(f"{option} {reason}: write {placeholder.lower()!r}, in lower case.")
@@ -622,6 +669,45 @@ def initial_embedding(encoder, tokenizer, initializer: str, init: str) -> torch.
     return hidden[first : first + len(ids)].float()
 
 
+def text_widths(model) -> list[int]:
+    """Embedding width of each text encoder, from its configuration alone."""
+    path, options = model.args.pretrained_model_name_or_path, hub_options(model.args)
+    with missing_parts_as_user_errors(model.args):
+        configs = [AutoConfig.from_pretrained(path, subfolder=name, **options) for name in model.text_encoder_names]
+    return [config.hidden_size for config in configs]
+
+
+def read_warm_start(model, path: Path, widths: list[int]) -> list[torch.Tensor]:
+    """The (n, d) embeddings of a finished file or folder, one for each text encoder. Raises UserError."""
+    option, (first_file, *other_files) = f"--init_embedding {path}", model.embedding_files
+    path = path / f"{first_file}.safetensors" if os.path.isdir(path) else path
+    try:
+        if not os.path.isfile(path):  # or reading a pipe would wait for ever
+            raise FileNotFoundError(f"{path} is not a file")
+        state = load_file(path)
+        if set(state) == set(model.web_keys):
+            rows = [state[key] for key in model.web_keys]
+        elif len(state) == 1:
+            others = [path.name.replace(first_file, name, 1) for name in other_files]
+            rows = [x for file in (path, *map(path.with_name, others)) for x in load_file(file).values()]
+        else:
+            wanted = " and ".join(model.web_keys)
+            raise UserError(f"{option} has the keys {', '.join(state)}: it needs {wanted}, or exactly one.")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{option} cannot be read as safetensors: {error}") from None
+    rows = [torch.atleast_2d(row) for row in rows]
+    if not all(row.is_floating_point() and row.ndim == 2 for row in rows):
+        raise UserError(f"{option} holds something else than rows of floating-point numbers.")
+    rows = [row.float() for row in rows]
+    found = [row.shape[-1] for row in rows]
+    if found != widths:
+        raise UserError(f"{option} has vectors of width {found}, but the model's text encoders need {widths}.")
+    usable = all(len(row) and row.isfinite().all() and row.norm(dim=-1).all() for row in rows)
+    if not usable or len(set(map(len, rows))) != 1:
+        raise UserError(f"{option}: every encoder needs the same number of vectors, all finite and none zero.")
+    return rows
+
+
 @torch.no_grad()
 def make_token(
     encoder, tokenizer, first_id: int, num_vectors: int, warm_start: torch.Tensor | None, args
@@ -643,6 +729,74 @@ def make_token(
     token = LearnedToken(first_id, magnitude, parameter, prior_mean, start)
     encoder.set_input_embeddings(ExtendedEmbedding(vocabulary, token))
     return token
+
+
+def lora_config(args: argparse.Namespace) -> LoraConfig:
+    return LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        init_lora_weights="gaussian",
+    )
+
+
+class Adapters:
+    """LoRA on the denoiser (the paper's Figure 8): float32 beside frozen weights, trained by AdamW."""
+
+    def __init__(self, denoiser: torch.nn.Module, args: argparse.Namespace, seed: int):
+        self.denoiser, self.start_step = denoiser, args.lora_start_step
+        rate = args.lora_learning_rate
+        self.description = f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {rate:g}"
+        torch.manual_seed(seed)  # whatever loading the models has drawn
+        denoiser.add_adapter(lora_config(args))
+        denoiser.train(args.lora_dropout > 0)
+        cast_training_params(denoiser)
+        self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        betas = (args.adam_beta1, args.adam_beta2)
+        adamw = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=args.lora_learning_rate, **adamw)
+
+    def open(self, steps_done: int) -> None:
+        """Have gradients computed from step --lora_start_step + 1 on."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(steps_done >= self.start_step)
+
+    def step(self, accelerator: Accelerator, schedule: float) -> None:
+        """One step on the gradients averaged over the processes; `schedule` is the share of the learning rate now due."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not gradients:
+            return
+        if accelerator.num_processes > 1:
+            mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"] * schedule
+        # fp16's gradient scale belongs to the directions' optimizer, which steps next and renews it.
+        accelerator.scaler.step(self.optimizer) if accelerator.scaler else self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and AdamW's state, for a checkpoint."""
+        kept = {f"lora.parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            kept |= {f"lora.{key}.{name}": x for key, x in self.optimizer.state.get(p, {}).items()}
+        return kept
+
+    @torch.no_grad()
+    def resume(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        for name, p in self.parameters.items():
+            p.copy_(tensors[f"lora.parameter.{name}"])
+            if f"lora.step.{name}" in tensors:  # otherwise the adapters have not joined in yet
+                state = {key: tensors[f"lora.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
+
+
+def seed_dropout(generators: list[torch.Generator]) -> None:
+    """Seed LoRA's dropout, which draws from torch's own generator, from the batch: a resumed run repeats it."""
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generators[0])))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -895,11 +1049,11 @@ def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> l
     return [[caption.replace("{}", args.placeholder_token)] for caption in captions]
 
 
-def check_prompts(prompts: list[list[str]], tokenizers: list, num_vectors: int) -> None:
+def check_prompts(model, prompts: list[list[str]], num_vectors: int) -> None:
     """Refuse prompts that are so long that the new word is cut off. Raises UserError."""
     for prompt in dict.fromkeys(itertools.chain.from_iterable(prompts)):
-        for tokenizer in tokenizers:
-            ids = tokenizer(to_pipeline_prompt(prompt, tokenizer), truncation=True).input_ids
+        for tokenizer in model.tokenizers:
+            ids = tokenizer(model.to_pipeline_prompt(prompt, tokenizer), truncation=True).input_ids
             if sum(token_id >= len(tokenizer) - num_vectors for token_id in ids) < num_vectors:
                 raise UserError(
                     f"The encoders read {tokenizer.model_max_length} tokens, and the new word is not among them in"
@@ -937,6 +1091,13 @@ def render_view(image: Image.Image, view: View, resolution: int) -> torch.Tensor
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
+def size_conditioning(size: tuple[int, int], view: View, resolution: int) -> dict[str, torch.Tensor]:
+    """SDXL's `time_ids` (6,): original size, the crop's corner, and target size, each height before width."""
+    width, height = size
+    time_ids = torch.tensor([height, width, view.top, view.left, resolution, resolution], dtype=torch.float32)
+    return {"time_ids": time_ids}
+
+
 class TrainingExamples(torch.utils.data.Dataset):
     """What the training sees at position 0, 1, 2 ... of an endless sequence: a view of a photograph and a prompt.
 
@@ -959,6 +1120,30 @@ class TrainingExamples(torch.utils.data.Dataset):
         sizes = size_conditioning(image.size, view, self.args.resolution)
         pixels = render_view(image, view, self.args.resolution)
         return {"position": position, "prompt": prompt, "pixel_values": pixels, **sizes}
+
+
+def cache_latents(model, photographs: Sequence[dict], seed: int, accelerator: Accelerator) -> list[list[dict]]:
+    """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each.
+
+    Several processes share the work out, and each gets the whole.
+    """
+    args, encoded = model.args, []
+    model.vae.to(accelerator.device)
+    share = range(accelerator.process_index, len(photographs), accelerator.num_processes)
+    for index in tqdm(share, desc="Encoding photographs", leave=False, disable=not accelerator.is_main_process):
+        rng = np.random.default_rng([seed, 3, index])
+        image = open_image(photographs[index]["image"])
+        views = dict.fromkeys(draw_view(image.size, args, rng) for _ in range(args.crops_per_image))
+        examples = []
+        for view in views:
+            latents = model.encode_images(render_view(image, view, args.resolution)[None])
+            sizes = size_conditioning(image.size, view, args.resolution)
+            examples.append({**{name: x[0].cpu() for name, x in latents.items()}, **sizes})
+        encoded.append((index, examples))
+    model.vae.to("cpu")
+    free_memory()
+    by_index = dict(gather_object(encoded))
+    return [by_index[index] for index in range(len(photographs))]
 
 
 def noise_generator(seed: int, position: int) -> torch.Generator:
@@ -998,120 +1183,8 @@ def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Stable Diffusion XL: loading, encoding, the loss, and using the result
+# 5. Stable Diffusion XL: all that is this model's own. Everything else is the same in both scripts.
 # ----------------------------------------------------------------------------------------------------------------------
-
-PIPELINE_CLASS = StableDiffusionXLPipeline
-OTHER_SCRIPTS = {"SanaPipeline": "train_dti_sana.py"}
-DENOISER = "unet"  # its name in Models and in the pipeline
-DENOISER_CLASS = UNet2DConditionModel
-NOISE_SCHEDULER = DDPMScheduler
-PREDICTIONS = (None, "epsilon", "v_prediction")
-RESOLUTION_STEP = 8  # pixels a latent position
-ENCODERS = ("text_encoder", "text_encoder_2")
-EMBEDDING_FILES = ("learned_embeds", "learned_embeds_2")  # diffusers' names, in the order of ENCODERS
-WEB_KEYS = ("clip_l", "clip_g")  # the keys of both encoders in the one file of AUTOMATIC1111, ComfyUI and others
-ARCHITECTURE = "stable-diffusion-xl-v1-base"
-CARD_TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
-SHARED_CODE = {}  # a stock pipeline loads the embedding
-WEB_USE = """\
-Download [`{file}`]({url}). The file's name is the word, so keep it.
-
-- ComfyUI: put it into `models/embeddings` and write `embedding:{name}` in the prompt.
-- AUTOMATIC1111, Forge: put it into `embeddings` and write `{name}`.
-- InvokeAI: add it in the model manager and write `<{name}>`.
-"""
-
-
-@dataclass
-class Models:
-    """The frozen pipeline's parts, and the new word in each of its text encoders."""
-
-    tokenizers: list[CLIPTokenizer]
-    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    noise_scheduler: DDPMScheduler
-    tokens: list[LearnedToken]
-
-
-def hub_options(args: argparse.Namespace) -> dict:
-    return {"revision": args.revision, "token": args.hub_token}
-
-
-def check_model(args: argparse.Namespace) -> None:
-    """Read the pipeline's index and the scheduler's configuration, and refuse another kind of model. Raises UserError."""
-    name = args.pretrained_model_name_or_path
-    option = f"--pretrained_model_name_or_path {name}"
-    if os.path.isfile(name):
-        raise UserError(
-            f"{option} is a file: load it with {PIPELINE_CLASS.__name__}.from_single_file and save_pretrained a folder."
-        )
-    if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
-        raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
-    try:
-        pipeline_class = str(DiffusionPipeline.load_config(name, **hub_options(args)).get("_class_name"))
-        prediction = NOISE_SCHEDULER.load_config(name, subfolder="scheduler", **hub_options(args)).get(
-            "prediction_type"
-        )
-    except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{option} cannot be read: {reason}") from None
-    if pipeline_class != PIPELINE_CLASS.__name__:
-        remedy = f": use {OTHER_SCRIPTS[pipeline_class]}" if pipeline_class in OTHER_SCRIPTS else ""
-        raise UserError(f"{option} is a {pipeline_class}; this script trains a {PIPELINE_CLASS.__name__}{remedy}.")
-    if prediction not in PREDICTIONS:
-        raise UserError(f"{option} predicts {prediction!r}; this script knows {', '.join(filter(None, PREDICTIONS))}.")
-
-
-def check_lora_targets(args: argparse.Namespace) -> None:
-    """Try the adapters on a denoiser without weights: --lora_target_modules may name nothing. Raises UserError."""
-    if not args.rank:
-        return
-    with missing_parts_as_user_errors(args):
-        config = DENOISER_CLASS.load_config(
-            args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_options(args)
-        )
-        with torch.device("meta"):
-            denoiser = DENOISER_CLASS.from_config(config)
-    try:
-        denoiser.add_adapter(lora_config(args))
-    except ValueError:
-        linear = [name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
-        raise UserError(
-            f"--lora_target_modules {','.join(args.lora_target_modules)}: the model has no such layers, or ones that"
-            f" take no adapter. Of its linear layers one is {linear[len(linear) // 2]}."
-        ) from None
-
-
-def load_tokenizers(args: argparse.Namespace) -> list[CLIPTokenizer]:
-    with missing_parts_as_user_errors(args):
-        tokenizers = [
-            CLIPTokenizer.from_pretrained(args.pretrained_model_name_or_path, subfolder=folder, **hub_options(args))
-            for folder in ("tokenizer", "tokenizer_2")
-        ]
-        if min(map(len, tokenizers)) < 512:  # transformers 5 makes an empty tokenizer of an empty folder
-            raise ValueError("a tokenizer has no vocabulary")
-    return tokenizers
-
-
-def text_widths(args: argparse.Namespace) -> list[int]:
-    """Embedding width of each text encoder, from its configuration alone."""
-    path = args.pretrained_model_name_or_path
-    with missing_parts_as_user_errors(args):
-        configs = [AutoConfig.from_pretrained(path, subfolder=folder, **hub_options(args)) for folder in ENCODERS]
-    return [config.hidden_size for config in configs]
-
-
-@contextlib.contextmanager
-def missing_parts_as_user_errors(args: argparse.Namespace):
-    """Turn the loaders' errors about missing or damaged files into a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        name = args.pretrained_model_name_or_path
-        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
 
 
 def load_text_encoder(cls: type, path: str, subfolder: str, **options):
@@ -1124,270 +1197,220 @@ def load_text_encoder(cls: type, path: str, subfolder: str, **options):
     return encoder
 
 
-def load_models(args: argparse.Namespace, tokenizers: list, dtype: torch.dtype) -> Models:
-    """Load everything, frozen, to the CPU; the encoders still in float32."""
-    path, options = args.pretrained_model_name_or_path, {"variant": args.variant, **hub_options(args)}
-    with missing_parts_as_user_errors(args):
-        scheduler = NOISE_SCHEDULER.from_pretrained(path, subfolder="scheduler", **hub_options(args))
-        # SDXL's VAE overflows in fp16.
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **options)
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype, **options)
-        text_encoders = [
-            load_text_encoder(cls, path, subfolder=folder, torch_dtype=torch.float32, **options)
-            for cls, folder in zip((CLIPTextModel, CLIPTextModelWithProjection), ENCODERS, strict=True)
-        ]
-    for model in (vae, unet, *text_encoders):
-        model.requires_grad_(False).eval()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        for encoder in text_encoders:
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            encoder.train()  # transformers checkpoints in training mode only; CLIP has no dropout
-    if args.compile:
-        unet.compile_repeated_blocks(fullgraph=True)
-    if args.pooling == "eos":
-        text_encoders[1].text_model.eos_token_id = tokenizers[1].eos_token_id
-    return Models(tokenizers, text_encoders, unet, vae, scheduler, tokens=[])
+class StableDiffusionXL:
+    """The pipeline to train with, frozen, and the new word in its text encoders. Holds all that is SDXL's own.
 
+    Another model is another class with this interface, or a subclass, given to `main`.
 
-def lora_config(args: argparse.Namespace) -> LoraConfig:
-    return LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
-        init_lora_weights="gaussian",
-    )
+    Attributes:
+        args: the options.
+        tokenizers, text_encoders: in the order of `text_encoder_names`.
+        tokens: the new word's embedding for each text encoder; `main` adds them.
+    """
 
+    pipeline_class = StableDiffusionXLPipeline
+    other_scripts = {"SanaPipeline": "train_dti_sana.py"}  # for a user who has taken the wrong one
+    denoiser_name = "unet"  # its folder, and its name in the pipeline
+    denoiser_class = UNet2DConditionModel
+    vae_class = AutoencoderKL
+    scheduler_class = DDPMScheduler
+    predictions = (None, "epsilon", "v_prediction")
+    resolution_step = 8  # pixels a latent position
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    text_encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    embedding_files = ("learned_embeds", "learned_embeds_2")  # diffusers' names, one for each text encoder
+    web_keys = ("clip_l", "clip_g")  # the keys of both encoders in the one file of AUTOMATIC1111, ComfyUI and others
+    architecture = "stable-diffusion-xl-v1-base"  # modelspec's name
+    card_tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
+    hub_code = {}  # code to upload with the embedding: none, a stock pipeline loads it
+    web_use = """\
+Download [`{file}`]({url}). The file's name is the word, so keep it.
 
-class Adapters:
-    """LoRA on the denoiser (the paper's Figure 8): float32 beside frozen weights, trained by AdamW."""
+- ComfyUI: put it into `models/embeddings` and write `embedding:{name}` in the prompt.
+- AUTOMATIC1111, Forge: put it into `embeddings` and write `{name}`.
+- InvokeAI: add it in the model manager and write `<{name}>`.
+"""
 
-    def __init__(self, denoiser: torch.nn.Module, args: argparse.Namespace, seed: int):
-        self.denoiser, self.start_step = denoiser, args.lora_start_step
-        rate = args.lora_learning_rate
-        self.description = f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {rate:g}"
-        torch.manual_seed(seed)  # whatever loading the models has drawn
-        denoiser.add_adapter(lora_config(args))
-        denoiser.train(args.lora_dropout > 0)
-        cast_training_params(denoiser)
-        self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-        betas = (args.adam_beta1, args.adam_beta2)
-        adamw = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=args.lora_learning_rate, **adamw)
+    # What --preset stands for, by optimizer: found in the miniature world (examples/presets), the paper's settings, and
+    # those that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
+    presets = {
+        "default": {
+            "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"}
+        },
+        "fast": {
+            "rsgd": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear", "magnitude": "mean"}
+        },
+        "paper": {
+            "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
+            "adamw": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
+        },
+        "released": {
+            "rsgd": {"max_train_steps": 400, "learning_rate": 0.04, "lr_scheduler": "constant", "magnitude": "mean"},
+            "adamw": {"max_train_steps": 400, "learning_rate": 0.02, "lr_scheduler": "constant", "magnitude": "mean"},
+        },
+    }
 
-    def open(self, steps_done: int) -> None:
-        """Have gradients computed from step --lora_start_step + 1 on."""
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(steps_done >= self.start_step)
+    tokenizers: list[CLIPTokenizer]  # by load_tokenizers; what follows, by load
+    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
+    denoiser: UNet2DConditionModel
+    vae: AutoencoderKL
+    noise_scheduler: DDPMScheduler
 
-    def step(self, accelerator: Accelerator, schedule: float) -> None:
-        """One step on the gradients averaged over the processes; `schedule` is the share of the learning rate now due."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not gradients:
-            return
-        if accelerator.num_processes > 1:
-            mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.optimizer.defaults["lr"] * schedule
-        # fp16's gradient scale belongs to the directions' optimizer, which steps next and renews it.
-        accelerator.scaler.step(self.optimizer) if accelerator.scaler else self.optimizer.step()
-        self.optimizer.zero_grad()
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.tokens = args, []
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and AdamW's state, for a checkpoint."""
-        kept = {f"lora.parameter.{name}": p.detach() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            kept |= {f"lora.{key}.{name}": x for key, x in self.optimizer.state.get(p, {}).items()}
-        return kept
+    # fmt: off
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument_group("Stable Diffusion XL").add_argument
+        add("--pooling", choices=["stock", "eos"], default="stock", help="Where the second encoder's pooled output is read in training: as a stock pipeline does (at the new word), or at the end token.")
+        add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
+        add("--validation_guidance_scale", type=number(float, 0), default=5.0, help="Guidance scale of the validation images.")
+    # fmt: on
+
+    def load_tokenizers(self) -> None:
+        path, options = self.args.pretrained_model_name_or_path, hub_options(self.args)
+        with missing_parts_as_user_errors(self.args):
+            self.tokenizers = [
+                CLIPTokenizer.from_pretrained(path, subfolder=name, **options) for name in self.tokenizer_names
+            ]
+            if min(map(len, self.tokenizers)) < 512:  # transformers 5 makes an empty tokenizer of an empty folder
+                raise ValueError("a tokenizer has no vocabulary")
+
+    def load(self, dtype: torch.dtype) -> None:
+        """Load everything, frozen, to the CPU; the encoders still in float32."""
+        args, path = self.args, self.args.pretrained_model_name_or_path
+        options = {"variant": args.variant, **hub_options(args)}
+        with missing_parts_as_user_errors(args):
+            self.noise_scheduler = self.scheduler_class.from_pretrained(
+                path, subfolder="scheduler", **hub_options(args)
+            )
+            # SDXL's VAE overflows in fp16.
+            self.vae = self.vae_class.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **options)
+            self.denoiser = self.denoiser_class.from_pretrained(
+                path, subfolder=self.denoiser_name, torch_dtype=dtype, **options
+            )
+            self.text_encoders = [
+                load_text_encoder(cls, path, subfolder=name, torch_dtype=torch.float32, **options)
+                for cls, name in zip(self.text_encoder_classes, self.text_encoder_names, strict=True)
+            ]
+        for part in (self.vae, self.denoiser, *self.text_encoders):
+            part.requires_grad_(False).eval()
+        if args.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+            for encoder in self.text_encoders:
+                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                encoder.train()  # transformers checkpoints in training mode only; CLIP has no dropout
+        if args.compile:
+            self.denoiser.compile_repeated_blocks(fullgraph=True)
+        if args.pooling == "eos":
+            self.text_encoders[1].text_model.eos_token_id = self.tokenizers[1].eos_token_id
+
+    @contextlib.contextmanager
+    def end_token_pooling(self):
+        """Within it the second encoder pools at the end token, whatever other tokens a prompt holds."""
+        # SDXL ships with eos_token_id 2, with which transformers pools at the highest id: where the new word stands.
+        text_model = self.text_encoders[1].text_model
+        stock, text_model.eos_token_id = text_model.eos_token_id, self.tokenizers[1].eos_token_id
+        try:
+            yield
+        finally:
+            text_model.eos_token_id = stock
+
+    @staticmethod
+    def to_pipeline_prompt(prompt: str, tokenizer) -> str:
+        """The prompt as the pipeline tokenizes it: the new word followed by the names of its further vectors."""
+        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The conditioning as the stock pipeline computes it: embeddings (B, 77, d1 + d2) and pooled ones (B, d2).
+
+        A prompt that occurs several times is encoded once.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        hidden = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            texts = [self.to_pipeline_prompt(prompt, tokenizer) for prompt in distinct]
+            length = tokenizer.model_max_length
+            inputs = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            output = encoder(to_device(inputs.input_ids, encoder.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+        embeds, pooled = torch.cat(hidden, dim=-1), output[0]
+        index = to_device(torch.tensor([distinct.index(prompt) for prompt in prompts]), embeds.device)
+        return embeds[index], pooled[index]
 
     @torch.no_grad()
-    def resume(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up what `tensors` gave."""
-        for name, p in self.parameters.items():
-            p.copy_(tensors[f"lora.parameter.{name}"])
-            if f"lora.step.{name}" in tensors:  # otherwise the adapters have not joined in yet
-                state = {key: tensors[f"lora.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
+    def encode_images(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean and deviation (B, 4, R/8, R/8) of the scaled latents of images (B, 3, R, R) in [-1, 1], in float32.
 
+        The posterior is kept rather than a sample of it, so that every step draws a fresh one also from cached latents.
+        """
+        posterior = self.vae.encode(pixel_values.to(self.vae.device)).latent_dist
+        scale = self.vae.config.scaling_factor
+        return {"mean": posterior.mean * scale, "std": posterior.std * scale}
 
-def seed_dropout(generators: list[torch.Generator]) -> None:
-    """Seed LoRA's dropout, which draws from torch's own generator, from the batch: a resumed run repeats it."""
-    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generators[0])))
+    def loss(self, batch: dict) -> torch.Tensor:
+        """L_data: mean squared error of the UNet's prediction at uniform timesteps. A float32 scalar."""
+        posterior = batch if "mean" in batch else self.encode_images(batch["pixel_values"])
+        mean, generators, scheduler = posterior["mean"], batch["generators"], self.noise_scheduler
+        latents = mean + posterior["std"] * draw_normal(mean, generators)
+        noise = draw_normal(mean, generators)
+        steps = scheduler.config.num_train_timesteps
+        timesteps = to_device(torch.cat([torch.randint(steps, (1,), generator=g) for g in generators]), mean.device)
 
+        if self.denoiser.training:
+            seed_dropout(generators)
+        prompt_embeds, pooled = self.encode_prompts(batch["prompt"])
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
+        prediction = self.denoiser(noisy.to(pooled.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
 
-def read_warm_start(path: Path, widths: list[int]) -> list[torch.Tensor]:
-    """The (n, d) embeddings of a finished file or folder, one for each text encoder. Raises UserError."""
-    option = f"--init_embedding {path}"
-    path = path / f"{EMBEDDING_FILES[0]}.safetensors" if os.path.isdir(path) else path
-    try:
-        if not os.path.isfile(path):  # or reading a pipe would wait for ever
-            raise FileNotFoundError(f"{path} is not a file")
-        state = load_file(path)
-        if set(state) == set(WEB_KEYS):
-            rows = [state[key] for key in WEB_KEYS]
-        elif len(state) == 1:
-            others = [path.name.replace(EMBEDDING_FILES[0], name, 1) for name in EMBEDDING_FILES[1:]]
-            rows = [x for file in (path, *map(path.with_name, others)) for x in load_file(file).values()]
-        else:
-            wanted = " and ".join(WEB_KEYS)
-            raise UserError(f"{option} has the keys {', '.join(state)}: it needs {wanted}, or exactly one.")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{option} cannot be read as safetensors: {error}") from None
-    rows = [torch.atleast_2d(row) for row in rows]
-    if not all(row.is_floating_point() and row.ndim == 2 for row in rows):
-        raise UserError(f"{option} holds something else than rows of floating-point numbers.")
-    rows = [row.float() for row in rows]
-    found = [row.shape[-1] for row in rows]
-    if found != widths:
-        raise UserError(f"{option} has vectors of width {found}, but the model's text encoders need {widths}.")
-    usable = all(len(row) and row.isfinite().all() and row.norm(dim=-1).all() for row in rows)
-    if not usable or len(set(map(len, rows))) != 1:
-        raise UserError(f"{option}: every encoder needs the same number of vectors, all finite and none zero.")
-    return rows
+        if scheduler.config.prediction_type == "v_prediction":
+            noise = scheduler.get_velocity(latents, noise, timesteps)
+        return F.mse_loss(prediction.float(), noise)
 
+    @torch.no_grad()
+    def sample_latents(self, prompt: str, seed: int) -> list[torch.Tensor]:
+        """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only.
 
-@contextlib.contextmanager
-def end_token_pooling(models: Models):
-    """Within it the second encoder pools at the end token, whatever other tokens a prompt holds."""
-    # SDXL ships with eos_token_id 2, with which transformers pools at the highest id: that is where the new word stands.
-    text_model = models.text_encoders[1].text_model
-    stock, text_model.eos_token_id = text_model.eos_token_id, models.tokenizers[1].eos_token_id
-    try:
-        yield
-    finally:
-        text_model.eos_token_id = stock
+        Returns --num_validation_images latents (1, 4, R/8, R/8), not decoded: the VAE is in float32 whatever the UNet
+        is in.
+        """
+        args = self.args
+        scheduler = DDIMScheduler.from_config(self.noise_scheduler.config, clip_sample=False, set_alpha_to_one=False)
+        names = (*self.tokenizer_names, *self.text_encoder_names)
+        parts = dict(zip(names, (*self.tokenizers, *self.text_encoders), strict=True))
+        pipeline = self.pipeline_class(
+            vae=self.vae, unet=self.denoiser, scheduler=scheduler, **parts, add_watermarker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        latents = []
+        for index in range(args.num_validation_images):
+            with self.end_token_pooling():
+                output = pipeline(
+                    prompt=prompt,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.validation_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
+                    generator=torch.Generator(self.denoiser.device).manual_seed(seed + index),
+                    output_type="latent",
+                )
+            latents.append(output.images)
+        return latents
 
+    def loading_snippet(self, device: torch.device, dtype: torch.dtype, repository: str | None = None) -> str:
+        """Python lines that load the result into a stock pipeline and draw a picture; they run as they stand.
 
-def to_pipeline_prompt(prompt: str, tokenizer) -> str:
-    """The prompt as the pipeline tokenizes it: the new word followed by the names of its further vectors."""
-    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
-
-
-def encode_prompts(models: Models, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """SDXL's conditioning as the stock pipeline computes it: prompt embeddings (B, 77, d1 + d2) and pooled ones (B, d2).
-
-    A prompt that occurs several times is encoded once.
-    """
-    distinct = list(dict.fromkeys(prompts))
-    hidden = []
-    for tokenizer, encoder in zip(models.tokenizers, models.text_encoders, strict=True):
-        texts = [to_pipeline_prompt(prompt, tokenizer) for prompt in distinct]
-        length = tokenizer.model_max_length
-        inputs = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        output = encoder(to_device(inputs.input_ids, encoder.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-    embeds, pooled = torch.cat(hidden, dim=-1), output[0]
-    index = to_device(torch.tensor([distinct.index(prompt) for prompt in prompts]), embeds.device)
-    return embeds[index], pooled[index]
-
-
-def size_conditioning(size: tuple[int, int], view: View, resolution: int) -> dict[str, torch.Tensor]:
-    """SDXL's `time_ids` (6,): original size, the crop's corner, and target size, each height before width."""
-    width, height = size
-    time_ids = torch.tensor([height, width, view.top, view.left, resolution, resolution], dtype=torch.float32)
-    return {"time_ids": time_ids}
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Mean and deviation (B, 4, R/8, R/8) of the scaled latents of images (B, 3, R, R) in [-1, 1], in float32.
-
-    The posterior is kept rather than a sample of it, so that every step draws a fresh one also from cached latents.
-    """
-    posterior = vae.encode(pixel_values.to(vae.device)).latent_dist
-    return {"mean": posterior.mean * vae.config.scaling_factor, "std": posterior.std * vae.config.scaling_factor}
-
-
-def cache_latents(models: Models, photographs, args, seed: int, accelerator: Accelerator) -> list[list[dict]]:
-    """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each.
-
-    Several processes share the work out, and each gets the whole.
-    """
-    models.vae.to(accelerator.device)
-    encoded = []
-    share = range(accelerator.process_index, len(photographs), accelerator.num_processes)
-    for index in tqdm(share, desc="Encoding photographs", leave=False, disable=not accelerator.is_main_process):
-        rng = np.random.default_rng([seed, 3, index])
-        image = open_image(photographs[index]["image"])
-        views = dict.fromkeys(draw_view(image.size, args, rng) for _ in range(args.crops_per_image))
-        examples = []
-        for view in views:
-            latents = encode_images(models.vae, render_view(image, view, args.resolution)[None])
-            sizes = size_conditioning(image.size, view, args.resolution)
-            examples.append({**{name: x[0].cpu() for name, x in latents.items()}, **sizes})
-        encoded.append((index, examples))
-    models.vae.to("cpu")
-    free_memory()
-    by_index = dict(gather_object(encoded))
-    return [by_index[index] for index in range(len(photographs))]
-
-
-def diffusion_loss(models: Models, batch: dict) -> torch.Tensor:
-    """L_data: mean squared error of the UNet's prediction at uniform timesteps. A float32 scalar."""
-    posterior = batch if "mean" in batch else encode_images(models.vae, batch["pixel_values"])
-    mean, generators, scheduler = posterior["mean"], batch["generators"], models.noise_scheduler
-    latents = mean + posterior["std"] * draw_normal(mean, generators)
-    noise = draw_normal(mean, generators)
-    steps = scheduler.config.num_train_timesteps
-    timesteps = to_device(torch.cat([torch.randint(steps, (1,), generator=g) for g in generators]), mean.device)
-
-    if models.unet.training:
-        seed_dropout(generators)
-    prompt_embeds, pooled = encode_prompts(models, batch["prompt"])
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
-    prediction = models.unet(noisy.to(pooled.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
-
-    if scheduler.config.prediction_type == "v_prediction":
-        noise = scheduler.get_velocity(latents, noise, timesteps)
-    return F.mse_loss(prediction.float(), noise)
-
-
-@torch.no_grad()
-def sample_latents(models: Models, prompt: str, args: argparse.Namespace, seed: int) -> list[torch.Tensor]:
-    """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only.
-
-    Returns --num_validation_images latents (1, 4, R/8, R/8), not decoded: the VAE is in float32 whatever the UNet is in.
-    """
-    scheduler = DDIMScheduler.from_config(models.noise_scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    parts = dict(
-        zip(("tokenizer", "tokenizer_2", *ENCODERS), (*models.tokenizers, *models.text_encoders), strict=True)
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=models.vae, unet=models.unet, scheduler=scheduler, **parts, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    latents = []
-    for index in range(args.num_validation_images):
-        with end_token_pooling(models):
-            output = pipeline(
-                prompt=prompt,
-                height=args.resolution,
-                width=args.resolution,
-                num_inference_steps=args.validation_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=torch.Generator(models.unet.device).manual_seed(seed + index),
-                output_type="latent",
-            )
-        latents.append(output.images)
-    return latents
-
-
-def loading_snippet(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, repository: str | None = None
-) -> str:
-    """Python lines that load the result into a stock pipeline and draw a picture; they run as they stand.
-
-    Of the files in --output_dir, or of those in a `repository` on the Hub.
-    """
-    model = json.dumps(model_name(args) if repository else args.pretrained_model_name_or_path)
-    folder = json.dumps(repository or str(args.output_dir))
-    prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
-    lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
-    return f"""
+        Of the files in --output_dir, or of those in a `repository` on the Hub.
+        """
+        args = self.args
+        model = json.dumps(model_name(args) if repository else args.pretrained_model_name_or_path)
+        folder = json.dumps(repository or str(args.output_dir))
+        prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
+        lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
+        return f"""
 import torch
 from diffusers import StableDiffusionXLPipeline
 
@@ -1400,6 +1423,9 @@ pipe.load_textual_inversion(
 pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 pipe({prompt}).images[0].save("picture.png")
 """
+
+
+MODEL_CLASS = StableDiffusionXL
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1421,11 +1447,12 @@ def model_name(args: argparse.Namespace) -> str:
     return Path(name).resolve().name if os.path.exists(name) else name
 
 
-def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
+def file_metadata(model, step: int) -> dict[str, str]:
     """What model sites and people read in the file's header, by the modelspec standard."""
+    args = model.args
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{ARCHITECTURE}/textual-inversion",
+        "modelspec.architecture": f"{model.architecture}/textual-inversion",
         "modelspec.title": web_name(args.placeholder_token),
         "modelspec.trigger_phrase": args.placeholder_token,
         "modelspec.date": datetime.date.today().isoformat(),
@@ -1455,35 +1482,35 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     write_file(path, save(tensors, metadata={"format": "pt", **metadata}))
 
 
-def save_embeddings(tokens: list[LearnedToken], args: argparse.Namespace, step: int, suffix: str = "") -> None:
+def save_embeddings(model, step: int, suffix: str = "") -> None:
     """Write each encoder's (n, d) float32 embeddings to a file for diffusers, and all of them to one for the web tools."""
-    metadata = file_metadata(args, step)
-    rows = [token.embedding().detach().cpu().clone() for token in tokens]
-    for name, embedding in zip(EMBEDDING_FILES, rows, strict=True):
+    args, metadata = model.args, file_metadata(model, step)
+    rows = [token.embedding().detach().cpu().clone() for token in model.tokens]
+    for name, embedding in zip(model.embedding_files, rows, strict=True):
         save_tensors({args.placeholder_token: embedding}, args.output_dir / f"{name}{suffix}.safetensors", metadata)
     web_file = args.output_dir / f"{web_name(args.placeholder_token)}{suffix}.safetensors"
-    save_tensors(dict(zip(WEB_KEYS, rows, strict=True)), web_file, metadata)
+    save_tensors(dict(zip(model.web_keys, rows, strict=True)), web_file, metadata)
 
 
-def save_adapters(adapters: Adapters, args: argparse.Namespace, suffix: str = "") -> None:
+def save_adapters(model, suffix: str = "") -> None:
     """Write what `pipe.load_lora_weights` reads: float32 weights, with rank and alpha in the file's header."""
     options = {
-        f"{DENOISER}_lora_layers": get_peft_model_state_dict(adapters.denoiser),
-        f"{DENOISER}_lora_adapter_metadata": adapters.denoiser.peft_config["default"].to_dict(),
+        f"{model.denoiser_name}_lora_layers": get_peft_model_state_dict(model.denoiser),
+        f"{model.denoiser_name}_lora_adapter_metadata": model.denoiser.peft_config["default"].to_dict(),
     }
     with tempfile.TemporaryDirectory() as folder:
-        PIPELINE_CLASS.save_lora_weights(folder, **options)
+        model.pipeline_class.save_lora_weights(folder, **options)
         content = (Path(folder) / LORA_FILE).read_bytes()
-    write_file(args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), content)
+    write_file(model.args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), content)
 
 
-def save_result(training, args: argparse.Namespace, step: int, suffix: str = "") -> None:
+def save_result(model, step: int, suffix: str = "") -> None:
     """Write the embeddings, and the adapters if there are any; an earlier run's do not belong to these embeddings."""
-    save_embeddings(training.tokens, args, step, suffix)
-    if training.adapters:
-        save_adapters(training.adapters, args, suffix)
+    save_embeddings(model, step, suffix)
+    if model.args.rank:
+        save_adapters(model, suffix)
     elif not suffix:
-        (args.output_dir / LORA_FILE).unlink(missing_ok=True)
+        (model.args.output_dir / LORA_FILE).unlink(missing_ok=True)
 
 
 def save_options(args: argparse.Namespace, derived: dict) -> None:
@@ -1599,8 +1626,9 @@ def repository_name(args: argparse.Namespace) -> str:
     return args.hub_model_id or args.output_dir.resolve().name
 
 
-def check_sharing_options(args: argparse.Namespace) -> None:
+def check_sharing_options(model) -> None:
     """Refuse what can be seen to be wrong without asking the Hub. Raises UserError."""
+    args = model.args
     for name in ("hub_model_id", "hub_private_repo", "license"):
         if getattr(args, name) and not args.push_to_hub:
             raise UserError(
@@ -1615,7 +1643,7 @@ def check_sharing_options(args: argparse.Namespace) -> None:
             f"--hub_model_id {args.hub_model_id}" if args.hub_model_id else "--push_to_hub: the name of --output_dir"
         )
         raise UserError(f"{said} cannot name a repository: {one_line(error)} Give a --hub_model_id.") from None
-    for path in SHARED_CODE.values():
+    for path in model.hub_code.values():
         if not path.is_file():
             raise UserError(
                 f"--push_to_hub uploads {path}, which is not there: take it from where this script is from."
@@ -1709,10 +1737,9 @@ def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
     )
 
 
-def model_card(
-    args: argparse.Namespace, repository: str, samples: list[str], derived: dict, snippet: str
-) -> ModelCard:
+def model_card(model, repository: str, samples: list[str], derived: dict, snippet: str) -> ModelCard:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
+    args = model.args
     data, file = card_data(args, samples), f"{web_name(args.placeholder_token)}.safetensors"
     base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
     if data.base_model is None:
@@ -1720,7 +1747,7 @@ def model_card(
             f"`{model_name(args)}`",
             f"\nPut the path or name of the model in place of `{model_name(args)}`.\n",
         )
-    web_use = WEB_USE.format(
+    web_use = model.web_use.format(
         name=Path(file).stem, file=file, url=f"https://huggingface.co/{repository}/resolve/main/{quote(file)}"
     )
     computed = ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
@@ -1760,7 +1787,7 @@ Write `{args.placeholder_token}` where the prompt names the subject.
 All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
 """
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-    tags = ["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *CARD_TAGS]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags]
     tags += ["lora"] * bool(args.rank)
     return populate_model_card(card, tags=tags)
 
@@ -1774,27 +1801,28 @@ def shareable_options(args: argparse.Namespace) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def fill_hub_folder(args: argparse.Namespace, repository: str, derived: dict, snippet: str) -> list[str]:
+def fill_hub_folder(model, repository: str, derived: dict, snippet: str) -> list[str]:
     """Gather in --output_dir/hub what is uploaded, and nothing else. Returns the files' names there."""
-    folder = args.output_dir / "hub"
+    args, folder = model.args, model.args.output_dir / "hub"
     folder.mkdir(exist_ok=True)
-    embeddings = [f"{name}.safetensors" for name in (*EMBEDDING_FILES, web_name(args.placeholder_token))]
+    embeddings = [f"{name}.safetensors" for name in (*model.embedding_files, web_name(args.placeholder_token))]
     embeddings += [LORA_FILE] * bool(args.rank)
-    copied = {name: args.output_dir / name for name in (*embeddings, "training_curves.png")} | SHARED_CODE
+    copied = {name: args.output_dir / name for name in (*embeddings, "training_curves.png")} | model.hub_code
     for name, source in copied.items():
         shutil.copyfile(source, folder / name)
     write_file(folder / "training_options.json", shareable_options(args).encode())
     counts = itertools.product(range(len(args.validation_prompt)), range(args.num_validation_images))
     samples = [f"samples/{prompt}-{number}.jpg" for prompt, number in counts]
     samples = [name for name in samples if (folder / name).is_file()]
-    card = model_card(args, repository, samples, derived, snippet)
+    card = model_card(model, repository, samples, derived, snippet)
     write_file(folder / "README.md", str(card).encode())
     return [*copied, "training_options.json", "README.md", *samples]
 
 
-def share(args: argparse.Namespace, repository: str, derived: dict, snippet: str) -> None:
+def share(model, repository: str, derived: dict, snippet: str) -> None:
     """Upload embedding, card, samples and options in one commit. What it takes the place of goes. Raises UserError."""
-    files, folder = fill_hub_folder(args, repository, derived, snippet), args.output_dir / "hub"
+    args = model.args
+    files, folder = fill_hub_folder(model, repository, derived, snippet), args.output_dir / "hub"
     api = HfApi(token=args.hub_token)
     try:
         ours = ("samples/", LORA_FILE)
@@ -1818,17 +1846,17 @@ def share(args: argparse.Namespace, repository: str, derived: dict, snippet: str
 
 
 @contextlib.contextmanager
-def room_for_vae(models: Models, args: argparse.Namespace):
+def room_for_vae(model):
     """Within it, with --gradient_checkpointing, which is to save memory, the VAE is alone on the device."""
-    device = models.vae.device
-    others = [getattr(models, DENOISER), *models.text_encoders] if args.gradient_checkpointing else []
-    for model in others:
-        model.to("cpu")
+    device = model.vae.device
+    others = [model.denoiser, *model.text_encoders] if model.args.gradient_checkpointing else []
+    for part in others:
+        part.to("cpu")
     try:
         yield
     finally:
-        for model in others:
-            model.to(device)
+        for part in others:
+            part.to(device)
 
 
 @torch.no_grad()
@@ -1837,19 +1865,17 @@ def decode_latents(vae, latents: torch.Tensor) -> Image.Image:
     return VaeImageProcessor().postprocess(pixels)[0]
 
 
-def validate(models: Models, args: argparse.Namespace, accelerator: Accelerator, seed: int, step: int) -> None:
+def validate(model, accelerator: Accelerator, seed: int, step: int) -> None:
     """Sample every validation prompt, and put the pictures into validation-<step>.png and the tracker."""
-    vae_device = models.vae.device
-    models.vae.to(accelerator.device)
+    args, vae_device, dropout = model.args, model.vae.device, model.denoiser.training
+    model.vae.to(accelerator.device)
     prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
-    denoiser = getattr(models, DENOISER)
-    dropout = denoiser.training
-    denoiser.eval()
-    latents = [sample_latents(models, prompt, args, seed) for prompt in prompts]
-    denoiser.train(dropout)
-    with room_for_vae(models, args):
-        rows = [[decode_latents(models.vae, x) for x in row] for row in latents]
-    models.vae.to(vae_device)
+    model.denoiser.eval()
+    latents = [model.sample_latents(prompt, seed) for prompt in prompts]
+    model.denoiser.train(dropout)
+    with room_for_vae(model):
+        rows = [[decode_latents(model.vae, x) for x in row] for row in latents]
+    model.vae.to(vae_device)
     free_memory()
 
     path = args.output_dir / f"validation-{step}.png"
@@ -1883,15 +1909,16 @@ def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Ima
 class History:
     """The curves of a run. Values are read from the device only when an entry is added."""
 
-    def __init__(self, tokens: list[LearnedToken]):
-        self.tokens, self.entries, self.start_time = tokens, [], time.perf_counter()
-        self.previous = [token.embedding().detach().clone() for token in tokens]
+    def __init__(self, model):
+        self.names, self.tokens = model.text_encoder_names, model.tokens
+        self.entries, self.start_time = [], time.perf_counter()
+        self.previous = [token.embedding().detach().clone() for token in self.tokens]
 
     def add(self, step: int, loss: float, learning_rate: float, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Note the state after `step`: mean loss since the last entry, and for each encoder norm, angles in degrees, the norm
         of the step's data gradient, and how large the prior's gradient kappa is beside it."""
         entry = {"loss": loss, "learning_rate": learning_rate}
-        for name, token, previous in zip(ENCODERS, self.tokens, self.previous, strict=True):
+        for name, token, previous in zip(self.names, self.tokens, self.previous, strict=True):
             now = token.embedding().detach()
             entry[f"{name}/norm"] = now.norm(dim=-1).mean().item()
             entry[f"{name}/angle_to_initializer"] = angle(now, token.prior_mean).mean().item()
@@ -1918,9 +1945,9 @@ class History:
 
         curves = {
             "loss": ["loss"],
-            "angle to the initializer (degrees)": [f"{name}/angle_to_initializer" for name in ENCODERS],
-            "norm of the embedding": [f"{name}/norm" for name in ENCODERS],
-            "norm of the data's gradient": [f"{name}/gradient_norm" for name in ENCODERS],
+            "angle to the initializer (degrees)": [f"{name}/angle_to_initializer" for name in self.names],
+            "norm of the embedding": [f"{name}/norm" for name in self.names],
+            "norm of the data's gradient": [f"{name}/gradient_norm" for name in self.names],
         }
         figure = Figure(figsize=(16, 3.5), layout="constrained")
         for axes, (label, keys) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
@@ -1973,26 +2000,24 @@ def choose_seed(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
     return shared[0]
 
 
-def prepare_placeholder(
-    args: argparse.Namespace, tokenizers: list
-) -> tuple[int, list[int], list[torch.Tensor | None]]:
+def prepare_placeholder(model) -> tuple[int, list[int], list[torch.Tensor | None]]:
     """Settle the number of vectors and add the new word to the tokenizers, before any weight loads.
 
     Returns that number, the new word's first id in each tokenizer, and each encoder's warm start. Raises UserError.
     """
-    warm_start = [None] * len(tokenizers)
-    count = args.num_vectors
+    args, tokenizers = model.args, model.tokenizers
+    warm_start, count = [None] * len(tokenizers), args.num_vectors
     if args.initializer_token is not None:
         count = count or max(len(initializer_ids(tokenizer, args.initializer_token)) for tokenizer in tokenizers)
     if args.init_embedding is not None:
-        warm_start = read_warm_start(args.init_embedding, text_widths(args))
+        warm_start = read_warm_start(model, args.init_embedding, text_widths(model))
         if args.num_vectors not in (None, len(warm_start[0])):
             found = len(warm_start[0])
             raise UserError(
                 f"--num_vectors {args.num_vectors}, but --init_embedding has {found}: leave --num_vectors out."
             )
         count = len(warm_start[0])
-    first_ids = [add_placeholder(tokenizer, args.placeholder_token, count) for tokenizer in tokenizers]
+    first_ids = [add_placeholder(model, tokenizer, args.placeholder_token, count) for tokenizer in tokenizers]
     return count, first_ids, warm_start
 
 
@@ -2014,11 +2039,9 @@ def distance_to_start(tokens: list[LearnedToken]) -> torch.Tensor:
 class Training:
     """What changes from step to step, for the loop to advance and for checkpoints to hold."""
 
-    def __init__(
-        self, tokens: list[LearnedToken], adapters: Adapters | None, args: argparse.Namespace, accelerator: Accelerator
-    ):
-        self.tokens, self.adapters, self.accelerator = tokens, adapters, accelerator
-        self.optimizer = make_optimizer(tokens, args)
+    def __init__(self, model, adapters: Adapters | None, accelerator: Accelerator):
+        args, self.tokens, self.adapters, self.accelerator = model.args, model.tokens, adapters, accelerator
+        self.optimizer = make_optimizer(self.tokens, args)
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
             self.optimizer,
@@ -2027,7 +2050,7 @@ class Training:
             num_cycles=args.lr_num_cycles,
         )
         self.scaled_optimizer = accelerator.prepare(self.optimizer)  # with fp16's gradient scaling
-        self.history = History(tokens)
+        self.history = History(model)
         self.losses = []  # since the last log entry
         self.overflows = 0
         self.open_adapters()
@@ -2151,7 +2174,9 @@ def log(training: Training, step: int, learning_rate: float, progress: tqdm) -> 
     training.losses.clear()
     entry = training.history.add(step, loss, learning_rate, training.optimizer)
     training.accelerator.log(entry, step=step)
-    progress.set_postfix(loss=f"{loss:.4f}", angle=f"{entry[f'{ENCODERS[0]}/angle_to_initializer']:.1f}°")
+    progress.set_postfix(
+        loss=f"{loss:.4f}", angle=f"{entry[f'{training.history.names[0]}/angle_to_initializer']:.1f}°"
+    )
 
 
 def leave(accelerator: Accelerator, step: int, args: argparse.Namespace) -> None:
@@ -2167,49 +2192,49 @@ def leave(accelerator: Accelerator, step: int, args: argparse.Namespace) -> None
     sys.exit(128 + interruption.signal)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None:
     # Options, model folder, new word and photographs are checked before any weight loads.
-    args = parse_args(argv)
-    check_options(args)
-    check_sharing_options(args)
+    args = parse_args(argv, model_class)
+    model = model_class(args)
+    check_options(model)
+    check_sharing_options(model)
     accelerator = start_accelerator(args)
     scale_learning_rate(args, accelerator)
-    check_model(args)
-    check_lora_targets(args)
-    tokenizers = load_tokenizers(args)
-    num_vectors, first_ids, warm_start = prepare_placeholder(args, tokenizers)
+    check_model(model)
+    check_lora_targets(model)
+    model.load_tokenizers()
+    num_vectors, first_ids, warm_start = prepare_placeholder(model)
     photographs = load_photographs(args)
     prompts = prompts_by_image(photographs, args)
-    check_prompts(prompts, tokenizers, num_vectors)
+    check_prompts(model, prompts, num_vectors)
     check_images(photographs, args.resolution)
     repository = prepare_repository(args, accelerator)
     checkpoint = choose_checkpoint(args, num_vectors)
     seed = choose_seed(args, checkpoint)
 
-    # Models, frozen. While the photographs are encoded, the VAE is alone on the device.
+    # The model, frozen. While the photographs are encoded, the VAE is alone on the device.
     device = accelerator.device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    models = load_models(args, tokenizers, dtype)
-    cache = cache_latents(models, photographs, args, seed, accelerator) if args.cache_latents else None
+    model.load(dtype)
+    cache = cache_latents(model, photographs, seed, accelerator) if args.cache_latents else None
 
     # The new word, all that is trained but for adapters.
-    for encoder, tokenizer, first_id, rows in zip(
-        models.text_encoders, tokenizers, first_ids, warm_start, strict=True
-    ):
-        models.tokens.append(make_token(encoder.to(device), tokenizer, first_id, num_vectors, rows, args))
+    parts = zip(model.text_encoders, model.tokenizers, first_ids, warm_start, strict=True)
+    for encoder, tokenizer, first_id, rows in parts:
+        model.tokens.append(make_token(encoder.to(device), tokenizer, first_id, num_vectors, rows, args))
         encoder.to(dtype)
-    denoiser = getattr(models, DENOISER).to(device)
+    model.denoiser.to(device)
 
     # Optimizer and schedule.
-    adapters = Adapters(denoiser, args, seed) if args.rank else None
-    training, first_step = Training(models.tokens, adapters, args, accelerator), 1
+    adapters = Adapters(model.denoiser, args, seed) if args.rank else None
+    training, first_step = Training(model, adapters, accelerator), 1
     if checkpoint is not None:
         training.resume(checkpoint)
         first_step = checkpoint.step + 1
 
     # Data.
     if cache is None:
-        models.vae.to(device)
+        model.vae.to(device)
     examples = TrainingExamples(photographs, prompts, cache, seed, args)
     data = batches(examples, accelerator, args, start=(first_step - 1) * args.gradient_accumulation_steps)
 
@@ -2218,7 +2243,7 @@ def main(argv: list[str] | None = None) -> None:
         "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
         "vectors": num_vectors,
         "lora": adapters.description if adapters else "none",
-        "magnitudes": [token.magnitude or "free" for token in models.tokens],
+        "magnitudes": [token.magnitude or "free" for token in model.tokens],
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         "steps": args.max_train_steps,
         "learning_rate": args.learning_rate,
@@ -2239,10 +2264,10 @@ def main(argv: list[str] | None = None) -> None:
     interruption.in_loop = True
     for step in progress:
         for _ in range(args.gradient_accumulation_steps):
-            loss = diffusion_loss(models, next(data))
+            loss = model.loss(next(data))
             training.losses.append(loss.detach())
             if args.reg_weight:
-                loss = loss + args.reg_weight * distance_to_start(models.tokens)
+                loss = loss + args.reg_weight * distance_to_start(model.tokens)
             accelerator.backward(loss / args.gradient_accumulation_steps)
         learning_rate = training.lr_scheduler.get_last_lr()[0]
         training.step()
@@ -2258,23 +2283,23 @@ def main(argv: list[str] | None = None) -> None:
         if stop:
             leave(accelerator, step, args)
         if accelerator.is_main_process and args.save_steps and step % args.save_steps == 0 and not last:
-            save_result(training, args, step, suffix=f"-steps-{step}")
+            save_result(model, step, suffix=f"-steps-{step}")
         if accelerator.is_main_process and args.validation_prompt and step % args.validation_steps == 0 and not last:
-            validate(models, args, accelerator, seed, step)
+            validate(model, accelerator, seed, step)
     interruption.in_loop = False
 
     # Results.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_result(training, args, args.max_train_steps)
+        save_result(model, args.max_train_steps)
         training.history.plot(args.output_dir / "training_curves.png")
         if args.validation_prompt:
-            validate(models, args, accelerator, seed, args.max_train_steps)
+            validate(model, accelerator, seed, args.max_train_steps)
         report_skipped(training)
-        print(f"\nSaved to {args.output_dir}. To use it:\n{loading_snippet(args, device, dtype)}")
+        print(f"\nSaved to {args.output_dir}. To use it:\n{model.loading_snippet(device, dtype)}")
     accelerator.end_training()
     if repository and accelerator.is_main_process:
-        share(args, repository, derived, loading_snippet(args, device, dtype, repository))
+        share(model, repository, derived, model.loading_snippet(device, dtype, repository))
 
 
 if __name__ == "__main__":

@@ -378,7 +378,7 @@ def prepare_photographs(args: argparse.Namespace) -> Path:
 
 @contextlib.contextmanager
 def random_weights(script, device: torch.device | None = None) -> Iterator[None]:
-    """Within it the script's `load_models` makes random weights from the configurations instead of reading any."""
+    """Within it the script's model makes random weights from the configurations instead of reading any."""
 
     def diffusers_model(cls: type, place) -> Callable:
         def build(path, subfolder, torch_dtype, **_):
@@ -393,9 +393,9 @@ def random_weights(script, device: torch.device | None = None) -> Iterator[None]
         return model.to("cpu") if device.type == "cuda" else model
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = next(cls for cls in (AutoencoderKL, AutoencoderDC) if hasattr(script, cls.__name__))
+    denoiser, vae = script.MODEL_CLASS.denoiser_class, script.MODEL_CLASS.vae_class
     with (
-        mock.patch.object(script.DENOISER_CLASS, "from_pretrained", diffusers_model(script.DENOISER_CLASS, device)),
+        mock.patch.object(denoiser, "from_pretrained", diffusers_model(denoiser, device)),
         mock.patch.object(vae, "from_pretrained", diffusers_model(vae, "cpu")),
         mock.patch.object(script, "load_text_encoder", text_encoder),
     ):
@@ -506,30 +506,29 @@ class Observer:
         self.script, self.phases, self.ledger = script, phases, Ledger()
         self.step_count, self.marks, self.found = 0, [], {}
         self.set_up = {"models": 0.0, "latents": 0.0}
-        self.models = self.device = self.dtype = self.batch = None
+        self.model = self.device = self.dtype = self.batch = None
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
-        script, ledger = self.script, self.ledger
-        prompts, step = script.encode_prompts, script.Training.step
-        loss = self.first_of(ledger.wrap(script.diffusion_loss, "latents and loss"))
+        script, model_class, training, ledger = self.script, self.script.MODEL_CLASS, self.script.Training, self.ledger
         replaced = {
-            "load_models": self.part_of_set_up(script.load_models, "models"),
-            "cache_latents": self.part_of_set_up(script.cache_latents, "latents"),
-            "start_accelerator": self.with_backward(script.start_accelerator),
-            "batches": self.with_next(script.batches),
-            "diffusion_loss": loss,
-            "encode_prompts": ledger.wrap(self.with_gradient_hooks(prompts), "tokenizing"),
-            "log": ledger.wrap(script.log, "logging"),
-            "save_checkpoint": ledger.wrap(script.save_checkpoint, "saving"),
-            "save_result": ledger.wrap(script.save_result, "saving"),
+            (model_class, "load"): self.with_model(self.part_of_set_up(model_class.load, "models")),
+            (script, "cache_latents"): self.part_of_set_up(script.cache_latents, "latents"),
+            (script, "start_accelerator"): self.with_backward(script.start_accelerator),
+            (script, "batches"): self.with_next(script.batches),
+            (model_class, "loss"): self.first_of(ledger.wrap(model_class.loss, "latents and loss")),
+            (model_class, "encode_prompts"): ledger.wrap(
+                self.with_gradient_hooks(model_class.encode_prompts), "tokenizing"
+            ),
+            (training, "step"): self.with_count(training.step),
+            (script, "log"): ledger.wrap(script.log, "logging"),
+            (training, "checkpoint"): ledger.wrap(training.checkpoint, "saving"),
+            (script, "save_checkpoint"): ledger.wrap(script.save_checkpoint, "saving"),
+            (script, "save_result"): ledger.wrap(script.save_result, "saving"),
         }
         with contextlib.ExitStack() as stack:
-            for name, function in replaced.items():
-                stack.enter_context(mock.patch.object(script, name, function))
-            stack.enter_context(mock.patch.object(script.Training, "step", self.with_count(step)))
-            checkpoint = ledger.wrap(script.Training.checkpoint, "saving")
-            stack.enter_context(mock.patch.object(script.Training, "checkpoint", checkpoint))
+            for (owner, name), function in replaced.items():
+                stack.enter_context(mock.patch.object(owner, name, function))
             self.start = time.perf_counter()
             yield
 
@@ -538,22 +537,24 @@ class Observer:
             before = seconds_now()
             result = function(*args, **kwargs)
             self.set_up[name] = seconds_now() - before
-            if name == "models":
-                self.take(result)
             return result
 
         return measured
 
-    def take(self, models) -> None:
-        self.models, self.dtype = models, getattr(models, self.script.DENOISER).dtype
-        self.watch_models(models)
-        if self.device.type == "cuda":  # what making the weights took is no business of the script
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    def with_model(self, load: Callable) -> Callable:
+        def loaded(model, dtype):
+            load(model, dtype)
+            self.model, self.dtype = model, model.denoiser.dtype
+            self.watch_model(model)
+            if self.device.type == "cuda":  # what making the weights took is no business of the script
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
 
-    def watch_models(self, models) -> None:
-        self.ledger.watch(getattr(models, self.script.DENOISER), "denoiser forward")
-        for encoder in models.text_encoders:
+        return loaded
+
+    def watch_model(self, model) -> None:
+        self.ledger.watch(model.denoiser, "denoiser forward")
+        for encoder in model.text_encoders:
             self.ledger.watch(encoder, "text encoders forward")
 
     def with_backward(self, start_accelerator: Callable) -> Callable:
@@ -587,16 +588,16 @@ class Observer:
 
         return generate
 
-    def first_of(self, diffusion_loss: Callable) -> Callable:
-        def loss(models, batch):
+    def first_of(self, loss: Callable) -> Callable:
+        def timed_loss(model, batch):
             if "total" not in self.set_up:  # the first step begins, or its data was just fetched
                 self.set_up["total"] = seconds_now() - self.start
                 self.set_up["device_peak"] = device_peaks(self.device)
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-            return diffusion_loss(models, batch)
+            return loss(model, batch)
 
-        return loss
+        return timed_loss
 
     def with_count(self, step: Callable) -> Callable:
         watched = self.ledger.wrap(step, "optimizer")
@@ -668,22 +669,21 @@ def flop_counter() -> FlopCounterMode:
 
 
 def weightless(script, observer: Observer, args: argparse.Namespace):
-    """The models as tensors without storage, that recompute nothing and are not compiled."""
+    """The model as tensors without storage, that recomputes nothing and is not compiled."""
 
-    def like(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-        return construct(type(model), copy.deepcopy(model.config), "meta", dtype).requires_grad_(False)
+    def like(part: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+        return construct(type(part), copy.deepcopy(part.config), "meta", dtype).requires_grad_(False)
 
-    models = observer.models
-    denoiser = like(getattr(models, script.DENOISER), observer.dtype)
+    model = copy.copy(observer.model)
+    model.denoiser, model.vae = like(model.denoiser, observer.dtype), like(model.vae, torch.float32)
     if args.rank:
-        denoiser.add_adapter(script.lora_config(args))
-    encoders, tokens = [like(encoder, observer.dtype) for encoder in models.text_encoders], []
-    for encoder, token in zip(encoders, models.tokens, strict=True):
+        model.denoiser.add_adapter(script.lora_config(args))
+    model.text_encoders, model.tokens = [like(encoder, observer.dtype) for encoder in model.text_encoders], []
+    for encoder, token in zip(model.text_encoders, observer.model.tokens, strict=True):
         parameter = torch.nn.Parameter(torch.empty_like(token.parameter, device="meta"))
-        tokens.append(dataclasses.replace(token, parameter=parameter))
-        encoder.set_input_embeddings(script.ExtendedEmbedding(encoder.get_input_embeddings(), tokens[-1]))
-    parts = {script.DENOISER: denoiser, "text_encoders": encoders, "tokens": tokens}
-    return dataclasses.replace(models, **parts, vae=like(models.vae, torch.float32))
+        model.tokens.append(dataclasses.replace(token, parameter=parameter))
+        encoder.set_input_embeddings(script.ExtendedEmbedding(encoder.get_input_embeddings(), model.tokens[-1]))
+    return model
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -691,7 +691,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
 
 
-def count_flops(observer: Observer, models, device: torch.device | str) -> dict[str, float] | None:
+def count_flops(observer: Observer, model, device: torch.device | str) -> dict[str, float] | None:
     """FLOPs by part of the last batch's loss and gradient; None where memory is short, or "meta" lacks an operation."""
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in observer.batch.items()}
     batch["generators"] = [torch.Generator().manual_seed(0) for _ in batch["generators"]]
@@ -699,7 +699,7 @@ def count_flops(observer: Observer, models, device: torch.device | str) -> dict[
     try:
         with counter:
             observer.ledger.start(counter.get_total_flops)
-            loss = observer.script.diffusion_loss(models, batch)
+            loss = model.loss(batch)
             observer.ledger.enter("denoiser backward")
             loss.backward()
             observer.ledger.leave()
@@ -713,11 +713,11 @@ def count_flops(observer: Observer, models, device: torch.device | str) -> dict[
 
 def step_flops(observer: Observer, args: argparse.Namespace) -> dict[str, dict | None]:
     """FLOPs of a step as it is, and as needed."""
-    for module in getattr(observer.models, observer.script.DENOISER).modules():
+    for module in observer.model.denoiser.modules():
         module._compiled_call_impl = None  # the counter does not look into compiled code
-    found = {"flops": count_flops(observer, observer.models, observer.device)}
+    found = {"flops": count_flops(observer, observer.model, observer.device)}
     bare = weightless(observer.script, observer, args)
-    observer.watch_models(bare)
+    observer.watch_model(bare)
     found["needed_flops"] = count_flops(observer, bare, "meta")
     batches = args.gradient_accumulation_steps
     return {name: parts and {part: batches * x for part, x in parts.items()} for name, parts in found.items()}
@@ -760,7 +760,7 @@ def measure(job: Job) -> dict:
         with weights, observer.looking():
             script.main(job.arguments())
             observer.found["finish_seconds"] = seconds_now() - observer.last_step
-            observer.found |= step_flops(observer, script.parse_args(job.arguments()))
+            observer.found |= step_flops(observer, script.parse_args(job.arguments(), script.MODEL_CLASS))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -768,7 +768,7 @@ def measure(job: Job) -> dict:
     row |= {**observer.found, "set_up": observer.set_up, "device": device_name(observer.device)}
     if row["status"] == "measured":
         row["precision"] = str(observer.dtype).removeprefix("torch.")
-        device, dtype, observer.models, observer.batch = observer.device, observer.dtype, None, None
+        device, dtype, observer.model, observer.batch = observer.device, observer.dtype, None, None
         if device.type == "cuda":
             torch.cuda.empty_cache()
         row["matrix_rate"] = matrix_rate(device, dtype)
@@ -1074,7 +1074,8 @@ def check_configurations(script, wanted: list[list[str]]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for options in wanted:
             try:
-                script.check_options(script.parse_args([*options, "--output_dir", scratch]))
+                given = script.parse_args([*options, "--output_dir", scratch], script.MODEL_CLASS)
+                script.check_options(script.MODEL_CLASS(given))
             except script.UserError as error:
                 raise UserError(str(error)) from None
 

@@ -121,24 +121,25 @@ def weights_of(*models: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def load(script, args: argparse.Namespace):
-    """The script's models without storage, with a new word in them, as they are in its loop."""
-    tokenizers = script.load_tokenizers(args)
+    """The script's model without storage, with a new word in it, as it is in the loop."""
+    model = script.MODEL_CLASS(args)
+    model.load_tokenizers()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
     with random_weights(script, META):
-        models = script.load_models(args, tokenizers, dtype)
-    models.vae.to(META)
-    for encoder, tokenizer in zip(models.text_encoders, tokenizers, strict=True):
-        first_id = script.add_placeholder(tokenizer, args.placeholder_token, 1)
+        model.load(dtype)
+    model.vae.to(META)
+    for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
+        first_id = script.add_placeholder(model, tokenizer, args.placeholder_token, 1)
         vocabulary = encoder.get_input_embeddings()
         rows = torch.empty(1, vocabulary.weight.shape[1], device=META)
-        models.tokens.append(script.LearnedToken(first_id, 1.0, torch.nn.Parameter(rows), rows, rows))
-        encoder.set_input_embeddings(script.ExtendedEmbedding(vocabulary, models.tokens[-1]))
+        model.tokens.append(script.LearnedToken(first_id, 1.0, torch.nn.Parameter(rows), rows, rows))
+        encoder.set_input_embeddings(script.ExtendedEmbedding(vocabulary, model.tokens[-1]))
         encoder.to(dtype)
-    return models
+    return model
 
 
-def encode(script, models, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    return script.encode_images(models.vae, torch.empty(1, 3, args.resolution, args.resolution, device=META))
+def encode(model) -> dict[str, torch.Tensor]:
+    return model.encode_images(torch.empty(1, 3, model.args.resolution, model.args.resolution, device=META))
 
 
 def make_batch(script, latents: dict[str, torch.Tensor], args: argparse.Namespace, size: int) -> dict:
@@ -151,27 +152,27 @@ def make_batch(script, latents: dict[str, torch.Tensor], args: argparse.Namespac
     return batch
 
 
-def train_a_step(script, models, batch: dict) -> None:
-    script.diffusion_loss(models, batch).backward()
+def train_a_step(model, batch: dict) -> None:
+    model.loss(batch).backward()
 
 
 @torch.no_grad()
-def sample_a_step(script, models, batch: dict) -> None:
-    """A step of script.sample_latents with guidance: the loss is that and little else."""
-    script.diffusion_loss(models, batch)
+def sample_a_step(model, batch: dict) -> None:
+    """A step of `sample_latents` with guidance: the loss is that and little else."""
+    model.loss(batch)
 
 
 @torch.no_grad()
-def decode(script, models, latents: dict[str, torch.Tensor]) -> None:
-    models.vae.decode(next(iter(latents.values())))
+def decode(model, latents: dict[str, torch.Tensor]) -> None:
+    model.vae.decode(next(iter(latents.values())))
 
 
-def peak(function, script, models, *args) -> int:
-    """Bytes at the most of what `function` makes, beyond the models."""
+def peak(function, model, *args) -> int:
+    """Bytes at the most of what `function` makes, beyond the model."""
     attention = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention)
-    weights = weights_of(getattr(models, script.DENOISER), models.vae, *models.text_encoders)
+    weights = weights_of(model.denoiser, model.vae, *model.text_encoders)
     with attention, MemoryCounter(weights) as counter:
-        function(script, models, *args)
+        function(model, *args)
     return counter.peak
 
 
@@ -187,19 +188,19 @@ def compute(script, folder: Path, configuration: dict) -> dict[str, int]:
         "--output_dir",
         str(folder),
     ]
-    args = script.parse_args([*common, "--initializer_token", "teapot", *options])
-    models = load(script, args)
-    weights = sum(x.nbytes for x in weights_of(getattr(models, script.DENOISER), *models.text_encoders))
-    vae = sum(x.nbytes for x in weights_of(models.vae))
-    latents = encode(script, models, args)
+    args = script.parse_args([*common, "--initializer_token", "teapot", *options], script.MODEL_CLASS)
+    model = load(script, args)
+    weights = sum(x.nbytes for x in weights_of(model.denoiser, *model.text_encoders))
+    vae = sum(x.nbytes for x in weights_of(model.vae))
+    latents = encode(model)
     batch, pair = (make_batch(script, latents, args, size) for size in (args.train_batch_size, 2))
     beside_decoding = 0 if args.gradient_checkpointing else weights  # script.room_for_vae
     return {
         "weights": weights,
-        "encoding": vae + peak(encode, script, models, args),
-        "step": weights + peak(train_a_step, script, models, batch),
-        "sampling": weights + vae + peak(sample_a_step, script, models, pair),
-        "decoding": beside_decoding + vae + peak(decode, script, models, latents),
+        "encoding": vae + peak(encode, model),
+        "step": weights + peak(train_a_step, model, batch),
+        "sampling": weights + vae + peak(sample_a_step, model, pair),
+        "decoding": beside_decoding + vae + peak(decode, model, latents),
     }
 
 

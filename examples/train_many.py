@@ -47,7 +47,7 @@ def take_one_device() -> tuple[int, int]:
 
 
 def load_script(path: Path):
-    """Import the training script, whose `main`, `load_models` and `UserError` are used."""
+    """Import the training script, whose `main`, `MODEL_CLASS` and `UserError` are used."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = script
@@ -55,39 +55,39 @@ def load_script(path: Path):
     return script
 
 
-def load_models_once(script) -> None:
-    """Let the script's `load_models` give the same models again where they would be the same.
+def loading_once(model_class: type) -> type:
+    """The script's model class, but that `load` gives the same parts again where they would be the same.
 
     The last subject's new word and adapters are taken off them before, and they go back to where and to what they were
     loaded. In half precision, `--init contextual` finds the encoders' other weights rounded all the same.
     """
-    load, kept = script.load_models, {}
+    kept = {}
 
-    def load_or_reuse(args, tokenizers, dtype):
-        names = ("pretrained_model_name_or_path", "revision", "variant", "gradient_checkpointing", "compile")
-        names += ("pooling", "max_sequence_length", "complex_human_instruction")
-        key = (dtype, *(getattr(args, name, None) for name in names))
-        if key not in kept:
-            kept.clear()  # one set of models at a time
-            models = kept[key] = load(args, tokenizers, dtype)
-            models.vocabularies = [encoder.get_input_embeddings() for encoder in models.text_encoders]
-            models.rows = [vocabulary.weight.data for vocabulary in models.vocabularies]
-        models = kept[key]
-        for encoder, vocabulary, rows in zip(models.text_encoders, models.vocabularies, models.rows, strict=True):
-            encoder.set_input_embeddings(vocabulary)
-            encoder.to("cpu", rows.dtype)
-            vocabulary.weight.data = rows  # with the digits that rounding took
-        models.vae.to("cpu")
-        denoiser = getattr(models, script.DENOISER).to("cpu")
-        if hasattr(denoiser, "peft_config"):
-            denoiser.unload_lora()
-            denoiser.eval()
-        models.tokenizers, models.tokens = tokenizers, []
-        if hasattr(models, "args"):
-            models.args = args
-        return models
+    class LoadedOnce(model_class):
+        def load(self, dtype):
+            names = ("pretrained_model_name_or_path", "revision", "variant", "gradient_checkpointing", "compile")
+            names += ("pooling", "max_sequence_length", "complex_human_instruction")
+            key = (dtype, *(getattr(self.args, name, None) for name in names))
+            if key not in kept:
+                kept.clear()  # one set of parts at a time
+                own = vars(self).copy()
+                super().load(dtype)
+                vocabularies = [encoder.get_input_embeddings() for encoder in self.text_encoders]
+                parts = {name: part for name, part in vars(self).items() if name not in own}
+                kept[key] = parts, vocabularies, [vocabulary.weight.data for vocabulary in vocabularies]
+            parts, *words = kept[key]
+            vars(self).update(parts)
+            for encoder, vocabulary, rows in zip(self.text_encoders, *words, strict=True):
+                encoder.set_input_embeddings(vocabulary)
+                encoder.to("cpu", rows.dtype)
+                vocabulary.weight.data = rows  # with the digits that rounding took
+            self.vae.to("cpu")
+            self.denoiser.to("cpu")
+            if hasattr(self.denoiser, "peft_config"):
+                self.denoiser.unload_lora()
+                self.denoiser.eval()
 
-    script.load_models = load_or_reuse
+    return LoadedOnce
 
 
 def read_subjects(path: Path) -> list[dict]:
@@ -109,14 +109,15 @@ def read_subjects(path: Path) -> list[dict]:
     return subjects
 
 
-def train_subject(script, subject: dict, output_dir: Path, common: list[str]) -> str:
+def train_subject(script, model_class: type, subject: dict, output_dir: Path, common: list[str]) -> str:
     """Train one subject unless it is finished. Returns what became of it."""
     folder = output_dir / subject["name"]
     if (folder / "learned_embeds.safetensors").is_file():
         return "finished before"
     options = [f"--{k}={v}" for k, v in subject.items() if k != "name" and v not in (None, "")]
     try:
-        script.main([*common, *options, f"--output_dir={folder}", "--resume_from_checkpoint=latest"])
+        arguments = [*common, *options, f"--output_dir={folder}", "--resume_from_checkpoint=latest"]
+        script.main(arguments, model_class)
     except script.UserError as error:
         return f"failed: {error}"
     except SystemExit as error:
@@ -164,12 +165,12 @@ def main() -> None:
     rank, world = take_one_device()
     (args.output_dir / f".summary-{rank}-of-{world}.json").unlink(missing_ok=True)  # of a run that was stopped
     script = load_script(args.script)
-    load_models_once(script)
+    model_class = loading_once(script.MODEL_CLASS)
     script.interruption.listen()
     rows = []
     for subject in subjects[rank::world]:
         start = time.perf_counter()
-        result = train_subject(script, subject, args.output_dir, common)
+        result = train_subject(script, model_class, subject, args.output_dir, common)
         print(f"{subject['name']}: {result}", flush=True)
         rows.append({"name": subject["name"], "result": result, "seconds": time.perf_counter() - start})
     # Only the last process tells of failures by its status: a launcher ends the others when one process fails.

@@ -133,26 +133,31 @@ def train(trainer, options):
 
 @pytest.fixture
 def models_seen(trainer, monkeypatch):
-    """Collects the Models object that main loads, for tests that look into a run."""
-    seen = []
-    load = trainer.load_models
-    monkeypatch.setattr(trainer, "load_models", lambda *args: seen.append(load(*args)) or seen[-1])
+    """Collects the models that main loads, for tests that look into a run."""
+    seen, load = [], trainer.MODEL_CLASS.load
+    monkeypatch.setattr(trainer.MODEL_CLASS, "load", lambda self, dtype: seen.append(self) or load(self, dtype))
     return seen
 
 
 @pytest.fixture
+def no_weights(trainer, monkeypatch):
+    """Lets the test fail as soon as weights are loaded."""
+    monkeypatch.setattr(trainer.MODEL_CLASS, "load", lambda self, dtype: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture
 def loaded(trainer, options):
-    """Builds the small models with the new word in them, as main has them before the first step."""
+    """Builds the small model with the new word in it, as main has it before the first step."""
 
     def load(*flags: str, **changes):
-        args = trainer.parse_args(options(*flags, **changes))
-        tokenizers = trainer.load_tokenizers(args)
-        count, first_ids, _ = trainer.prepare_placeholder(args, tokenizers)
-        models = trainer.load_models(args, tokenizers, torch.float32)
-        for encoder, tokenizer, first_id in zip(models.text_encoders, tokenizers, first_ids, strict=True):
-            models.tokens.append(trainer.make_token(encoder, tokenizer, first_id, count, None, args))
+        model = trainer.MODEL_CLASS(trainer.parse_args(options(*flags, **changes), trainer.MODEL_CLASS))
+        model.load_tokenizers()
+        count, first_ids, _ = trainer.prepare_placeholder(model)
+        model.load(torch.float32)
+        for encoder, tokenizer, first_id in zip(model.text_encoders, model.tokenizers, first_ids, strict=True):
+            model.tokens.append(trainer.make_token(encoder, tokenizer, first_id, count, None, model.args))
             encoder.float()
-        return models, args
+        return model
 
     return load
 

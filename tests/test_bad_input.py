@@ -293,9 +293,8 @@ def row(trainer, changes: dict, line: str, folders: list) -> str:
     "trainer, changes, message", ALL, ids=lambda value: " ".join(map(str, value)) if type(value) is dict else ""
 )
 def test_one_clear_message_before_any_weight_loads(
-    trainer, changes, message, train, bad, small, tmp_path, monkeypatch, capsys, record_property
+    trainer, changes, message, train, bad, small, tmp_path, no_weights, capsys, record_property
 ):
-    monkeypatch.setattr(trainer, "load_models", lambda *args: pytest.fail("weights were loaded"))
     changes = {k: bad(v[1:]) if isinstance(v, str) and v.startswith("@") else v for k, v in changes.items()}
     with pytest.raises((trainer.UserError, SystemExit)) as caught:
         train(**changes)

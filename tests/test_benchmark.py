@@ -43,12 +43,13 @@ def measured(measure):
 def test_watching_changes_nothing(measured, trainer, tmp_path):
     _, job = measured
     argv = [str(tmp_path / "alone") if x == job.output else x for x in job.arguments()]
-    functions = {name: getattr(trainer, name) for name in ("load_models", "diffusion_loss", "encode_prompts", "log")}
+    watched = [(trainer.MODEL_CLASS, name) for name in ("load", "loss", "encode_prompts")] + [(trainer, "log")]
+    functions = {place: getattr(*place) for place in watched}
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer.main(argv)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert results(tmp_path / "alone") == results(type(tmp_path)(job.output))
-    assert all(getattr(trainer, name) is function for name, function in functions.items())
+    assert all(getattr(*place) is function for place, function in functions.items())
 
 
 def test_a_row_has_what_was_measured_and_nothing_else(measured):
@@ -125,12 +126,12 @@ def test_a_grid_goes_on_where_memory_ends(small, tmp_path, monkeypatch, capsys):
         AcceleratorState._reset_state(reset_partial_state=True)
         return json.loads(json.dumps(benchmark.measure(job)))
 
-    def loss(models, batch, original=train_dti_sdxl.diffusion_loss):
+    def loss(model, batch, original=train_dti_sdxl.MODEL_CLASS.loss):
         if len(batch["prompt"]) == 4:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
-        return original(models, batch)
+        return original(model, batch)
 
-    monkeypatch.setattr(train_dti_sdxl, "diffusion_loss", loss)
+    monkeypatch.setattr(train_dti_sdxl.MODEL_CLASS, "loss", loss)
     monkeypatch.setattr(benchmark, "load_script", lambda path: train_dti_sdxl)
     monkeypatch.setattr(benchmark, "run_row", here)
     command = f"benchmark.py --work_dir {tmp_path} --size small --train_batch_size 4 1"
@@ -222,15 +223,15 @@ def test_the_models_have_their_published_sizes(model, published):
 def test_full_size_folders_are_what_the_scripts_read(model, script, tmp_path):
     args, _ = benchmark.parse_args(["--work_dir", str(tmp_path), "--model", model])
     folder = benchmark.prepare_model(args, script.built_in_templates("object"))
-    options = script.parse_args(
-        [*benchmark.script_options({"rank": 2}, folder, tmp_path, 0, []), "--output_dir", str(tmp_path / "out")]
-    )
-    script.check_model(options)
-    script.check_lora_targets(options)
-    tokenizers = script.load_tokenizers(options)
+    options = benchmark.script_options({"rank": 2}, folder, tmp_path, 0, [])
+    given = script.parse_args([*options, "--output_dir", str(tmp_path / "out")], script.MODEL_CLASS)
+    loaded = script.MODEL_CLASS(given)
+    script.check_model(loaded)
+    script.check_lora_targets(loaded)
+    loaded.load_tokenizers()
     # The prompts are as long as with the published tokenizers: a word is a token.
-    script.prepare_placeholder(options, tokenizers)
-    ids = tokenizers[0]("a snapshot of a <my-pot>").input_ids
+    script.prepare_placeholder(loaded)
+    ids = loaded.tokenizers[0]("a snapshot of a <my-pot>").input_ids
     assert len(ids) == 7  # SDXL's have an end token, Gemma's a space of its own before the new word
-    assert script.text_widths(options) == ([768, 1280] if model == "sdxl" else [2304])
+    assert script.text_widths(loaded) == ([768, 1280] if model == "sdxl" else [2304])
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 1e6

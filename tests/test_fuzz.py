@@ -100,7 +100,11 @@ def test_options(module, examples, tmp_path, monkeypatch):
         "--output_dir": str(tmp_path / "out"),
         "--report_to": "none",
     }
-    actions = [action for action in module.make_parser()._actions if action.dest not in ("help", "output_dir")]
+    actions = [
+        action
+        for action in module.make_parser(module.MODEL_CLASS)._actions
+        if action.dest not in ("help", "output_dir")
+    ]
 
     def values(action):
         likely = st.sampled_from(list(action.choices)) if action.choices else st.one_of(numbers, arguments)
@@ -124,7 +128,7 @@ def test_options(module, examples, tmp_path, monkeypatch):
         printed = io.StringIO()
         try:
             with contextlib.redirect_stderr(printed):
-                args = module.parse_args(argv)
+                args = module.parse_args(argv, module.MODEL_CLASS)
         except SystemExit as error:
             assert error.code == 2
             usage, _, rest = printed.getvalue().partition("\n")
@@ -132,7 +136,7 @@ def test_options(module, examples, tmp_path, monkeypatch):
             return
         with in_time():
             try:
-                module.check_options(args)
+                module.check_options(module.MODEL_CLASS(args))
             except module.UserError as error:
                 assert str(error) and str(error).isprintable()
                 return
@@ -156,10 +160,8 @@ def test_model_folders(examples, tmp_path):
     def check(name, data):
         index.write_bytes(data)
         name = index.parent if name is None else tmp_path / f"no{name.replace('/', '_')}"
-        args = script.parse_args(
-            ["--pretrained_model_name_or_path", str(name), "--placeholder_token=<x>", "--output_dir=out"]
-        )
-        assert message(script.check_model, args)
+        argv = ["--pretrained_model_name_or_path", str(name), "--placeholder_token=<x>", "--output_dir=out"]
+        assert message(script.check_model, script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS)))
 
     check()
 
@@ -341,7 +343,7 @@ def test_folders_that_are_none(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")
     assert re.search("does not exist|is not a folder", go_through(tmp_path / name))
     assert message(script.check_output_dir, tmp_path / name) or name == "dangling"
-    assert message(script.read_warm_start, tmp_path / name, [32, 48])
+    assert message(script.read_warm_start, script.MODEL_CLASS, tmp_path / name, [32, 48])
 
 
 def test_what_may_not_be_read(tmp_path, monkeypatch):
@@ -469,12 +471,12 @@ def test_templates(examples, tmp_path):
 # The new word.
 
 
-def tokenizers(small, module):
-    args = module.parse_args(
-        ["--pretrained_model_name_or_path", str(small / module.__name__.removeprefix("train_dti_"))]
-        + ["--placeholder_token=<x>", "--output_dir=out"]
-    )
-    return module.load_tokenizers(args)
+def with_tokenizers(small, module):
+    argv = ["--pretrained_model_name_or_path", str(small / module.__name__.removeprefix("train_dti_"))]
+    argv += ["--placeholder_token=<x>", "--output_dir=out"]
+    model = module.MODEL_CLASS(module.parse_args(argv, module.MODEL_CLASS))
+    model.load_tokenizers()
+    return model
 
 
 words = st.one_of(
@@ -490,7 +492,7 @@ words = st.one_of(
 @short_and_long(100, 5000)
 @pytest.mark.parametrize("module", [script, train_dti_sana])
 def test_placeholders(module, examples, small, tmp_path):
-    known = tokenizers(small, module)
+    model = with_tokenizers(small, module)
 
     @passes(examples)
     @given(word=words, count=st.one_of(st.integers(1, 3), st.just(2**32 - 1)))
@@ -499,17 +501,17 @@ def test_placeholders(module, examples, small, tmp_path):
     @example("../../x", 1)
     @example("<LEARNED_EMBEDS>", 1)
     def check(word, count):
-        for tokenizer in map(copy.deepcopy, known):
+        for tokenizer in map(copy.deepcopy, model.tokenizers):
             with in_time():
                 try:
-                    first = module.add_placeholder(tokenizer, word, count)
+                    first = module.add_placeholder(model, tokenizer, word, count)
                 except module.UserError as error:
                     assert str(error).isprintable()
                     continue
-                ids = tokenizer(module.to_pipeline_prompt(f"a photo of {word} on grass", tokenizer)).input_ids
+                ids = tokenizer(model.to_pipeline_prompt(f"a photo of {word} on grass", tokenizer)).input_ids
             assert [token_id for token_id in ids if token_id >= first] == [first + i for i in range(count)]
             file = tmp_path / f"{module.web_name(word)}-steps-4294967295.safetensors"
-            assert file.parent == tmp_path and module.web_name(word).lower() not in module.EMBEDDING_FILES
+            assert file.parent == tmp_path and module.web_name(word).lower() not in model.embedding_files
             module.save_tensors({word: torch.ones(1)}, file, {"modelspec.trigger_phrase": word})
             assert list(load_file(file)) == [word]
             file.unlink()
@@ -520,7 +522,7 @@ def test_placeholders(module, examples, small, tmp_path):
 @short_and_long(100, 5000)
 @pytest.mark.parametrize("module", [script, train_dti_sana])
 def test_initializers(module, examples, small):
-    known = tokenizers(small, module)
+    known = with_tokenizers(small, module).tokenizers
 
     @passes(examples)
     @given(word=st.one_of(words, st.integers(70, 400).map(lambda n: "dog " * n)))
@@ -534,13 +536,14 @@ def test_initializers(module, examples, small):
 
 @short_and_long(100, 10000)
 def test_captions_of_any_length(examples, small):
-    tokenizer = tokenizers(small, script)[0]
-    script.add_placeholder(tokenizer, "<x>", 2)
+    model = with_tokenizers(small, script)
+    for tokenizer in model.tokenizers:
+        script.add_placeholder(model, tokenizer, "<x>", 2)
 
     @passes(examples)
     @given(text=st.lists(st.one_of(words, st.just("<x>"), st.just("<x>_1")), max_size=60).map(" ".join))
     def check(text):
-        message(script.check_prompts, [[text]], [tokenizer], 2)
+        message(script.check_prompts, model, [[text]], 2)
 
     check()
 
@@ -559,9 +562,9 @@ def test_random_files_to_start_from(examples, tmp_path):
     @example(b"", 0, True)
     def check(data, place, whole):
         path.write_bytes(data if whole else good[:place] + data + good[place + len(data) :])
-        message(script.read_warm_start, path, [32, 48])
-        message(script.read_warm_start, tmp_path, [32, 48])
-        message(train_dti_sana.read_warm_start, path, [32])
+        message(script.read_warm_start, script.MODEL_CLASS, path, [32, 48])
+        message(script.read_warm_start, script.MODEL_CLASS, tmp_path, [32, 48])
+        message(train_dti_sana.read_warm_start, train_dti_sana.MODEL_CLASS, path, [32])
 
     check()
 
@@ -579,12 +582,12 @@ def test_tensors_of_any_kind_to_start_from(tmp_path, dtype, shape, value):
     save_file(
         {
             key: torch.full(s, value, dtype=torch.float64).to(dtype)
-            for key, s in zip(script.WEB_KEYS, shapes, strict=True)
+            for key, s in zip(script.MODEL_CLASS.web_keys, shapes, strict=True)
         },
         path,
     )
-    complaint = message(script.read_warm_start, path, [32, 48])
+    complaint = message(script.read_warm_start, script.MODEL_CLASS, path, [32, 48])
     assert (complaint is None) == (dtype.is_floating_point and value == 1 and shape in ("{}", "1 {}", "3 {}"))
     if complaint is None:
-        rows = script.read_warm_start(path, [32, 48])
+        rows = script.read_warm_start(script.MODEL_CLASS, path, [32, 48])
         assert all(row.dtype == torch.float32 and row.ndim == 2 and (row == 1).all() for row in rows)

@@ -31,8 +31,8 @@ CASES_DRIVER = """
 import importlib, json, os, sys
 from accelerate.state import AcceleratorState
 script = importlib.import_module(sys.argv[1])
-load_models, loaded = script.load_models, []
-script.load_models = lambda *args: loaded.append(1) or load_models(*args)
+load, loaded = script.MODEL_CLASS.load, []
+script.MODEL_CLASS.load = lambda *args: loaded.append(1) or load(*args)
 for case in json.load(open(sys.argv[2])):
     os.environ.pop("HF_TOKEN", None)
     os.environ.update({"HF_TOKEN": case["token"]} if case["token"] else {})
@@ -170,7 +170,7 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     assert (elsewhere / "picture.png").is_file()
     assert (elsewhere / "adapted").read_text() == str(bool(lora))
     loaded = load_file(elsewhere / "rows.safetensors")
-    for encoder, name in zip(script.ENCODERS, script.EMBEDDING_FILES, strict=True):
+    for encoder, name in zip(script.MODEL_CLASS.text_encoder_names, script.MODEL_CLASS.embedding_files, strict=True):
         assert torch.equal(loaded[encoder], load_file(out / f"{name}.safetensors")["<my-pot>"])
 
 
@@ -253,8 +253,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(hub, job, ru
     assert set(hub.repositories["me/dropped"].files) == EMBEDDINGS["sdxl"] | OTHERS | samples
 
 
-def test_no_network_is_said_before_any_weight_loads(trainer, train, monkeypatch):
-    monkeypatch.setattr(trainer, "load_models", lambda *args: pytest.fail("weights were loaded"))
+def test_no_network_is_said_before_any_weight_loads(trainer, train, no_weights, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")  # the tests run with HF_HUB_OFFLINE set
     with pytest.raises(trainer.UserError, match="--push_to_hub: https://.* cannot be reached .*mend the connection"):
         train("--push_to_hub")
@@ -279,7 +278,7 @@ def test_what_can_be_seen_without_the_hub(trainer, train, monkeypatch, tmp_path,
 
 
 def test_sharing_sana_needs_its_pipelines_file(train, options, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_dti_sana, "SHARED_CODE", {"pipeline.py": tmp_path / "nowhere.py"})
+    monkeypatch.setattr(train_dti_sana.Sana, "hub_code", {"pipeline.py": tmp_path / "nowhere.py"})
     with pytest.raises(train_dti_sana.UserError, match="--push_to_hub uploads .*nowhere.py, which is not there"):
         train_dti_sana.main(options("--push_to_hub"))
 

@@ -48,19 +48,19 @@ def test_a_stock_pipeline_reads_what_was_trained_and_can_take_it_off_again(train
     # Strong enough to be seen, and with another alpha than the rank, which the file must tell.
     out = train(rank=4, lora_alpha=12, lora_learning_rate=0.02, max_train_steps=5)
     pipe = stock_pipeline(trainer, small)
-    denoiser = getattr(pipe, trainer.DENOISER)
+    denoiser = getattr(pipe, trainer.MODEL_CLASS.denoiser_name)
     before = {k: v.clone() for k, v in denoiser.state_dict().items()}
     plain = prediction(trainer, denoiser)
     pipe.load_lora_weights(str(out), weight_name=FILE)  # diffusers 0.35 wants the name while offline
     adapted = prediction(trainer, denoiser)
-    trained = prediction(trainer, getattr(models_seen[0], trainer.DENOISER))
+    trained = prediction(trainer, models_seen[0].denoiser)
     assert (adapted - plain).norm() > 0.02 * plain.norm()  # the adapters alone, no new word, change the picture
     assert torch.allclose(adapted, trained, atol=1e-5)
     pipe.unload_lora_weights()
     assert torch.equal(prediction(trainer, denoiser), plain)
 
     # Beneath the adapters the model is, to the bit, what it was.
-    state = getattr(models_seen[0], trainer.DENOISER).state_dict()
+    state = models_seen[0].denoiser.state_dict()
     state = {k.replace("base_layer.", ""): v for k, v in state.items() if "lora_" not in k}
     assert state.keys() == before.keys() and all(torch.equal(state[k], v) for k, v in before.items())
 
@@ -99,7 +99,7 @@ def test_directions_first_then_jointly(train, small):
 
 def test_in_half_precision_the_adapters_are_float32(train, trainer, models_seen):
     out = train(rank=2, mixed_precision="bf16")
-    denoiser = getattr(models_seen[0], trainer.DENOISER)
+    denoiser = models_seen[0].denoiser
     kinds = {"lora_" in name: p.dtype for name, p in denoiser.named_parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     assert {rows.dtype for rows in load_file(out / FILE).values()} == {torch.float32}
@@ -169,7 +169,10 @@ def test_the_header_and_options_tell_of_the_adapters(train, trainer):
     out = train(rank=3, lora_alpha=6)
     with safe_open(out / FILE, framework="pt") as file:
         kept = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert kept[f"{trainer.DENOISER}.r"] == 3 and kept[f"{trainer.DENOISER}.lora_alpha"] == 6
+    assert (
+        kept[f"{trainer.MODEL_CLASS.denoiser_name}.r"] == 3
+        and kept[f"{trainer.MODEL_CLASS.denoiser_name}.lora_alpha"] == 6
+    )
     assert json.loads((out / "training_options.json").read_text())["derived"]["lora"].startswith("rank 3, alpha 6")
 
 

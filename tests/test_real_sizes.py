@@ -49,61 +49,46 @@ def shallow_models(model: str) -> dict[str, torch.nn.Module]:
     return models
 
 
-def check_a_step(script, models, args, widths, latent_shape):
+def check_a_step(script, model, widths, latent_shape):
     """Add the new word, encode an image, take one step; every direction must have turned by arctan of the rate."""
-    for encoder, tokenizer in zip(models.text_encoders, models.tokenizers, strict=True):
-        first_id = script.add_placeholder(tokenizer, "<new>", 1)
-        models.tokens.append(script.make_token(encoder, tokenizer, first_id, 1, None, args))
-    assert [tuple(token.parameter.shape) for token in models.tokens] == [(1, width) for width in widths]
+    model.load_tokenizers()
+    for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
+        first_id = script.add_placeholder(model, tokenizer, "<new>", 1)
+        model.tokens.append(script.make_token(encoder, tokenizer, first_id, 1, None, model.args))
+    assert [tuple(token.parameter.shape) for token in model.tokens] == [(1, width) for width in widths]
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
     batch = {"pixel_values": pixels, "prompt": ["a photo of <new> on grass"]}
     batch |= {k: v[None] for k, v in script.size_conditioning((64, 64), script.View(False, 0, 0), 64).items()}
-    latents = script.encode_images(models.vae, pixels)
+    latents = model.encode_images(pixels)
     assert all(x.shape == latent_shape and x.isfinite().all() for x in latents.values())
 
-    before = [token.parameter.detach().clone() for token in models.tokens]
-    optimizer = script.make_optimizer(models.tokens, argparse.Namespace(**vars(args), learning_rate=0.1))
-    loss = script.diffusion_loss(models, {**batch, "generators": [torch.Generator().manual_seed(0)]})
+    before = [token.parameter.detach().clone() for token in model.tokens]
+    optimizer = script.make_optimizer(model.tokens, argparse.Namespace(**vars(model.args) | {"learning_rate": 0.1}))
+    loss = model.loss({**batch, "generators": [torch.Generator().manual_seed(0)]})
     loss.backward()
     optimizer.step()
     assert loss.isfinite()
-    for token, v in zip(models.tokens, before, strict=True):
+    for token, v in zip(model.tokens, before, strict=True):
         assert script.angle(token.parameter.detach(), v).item() == pytest.approx(5.7106, abs=1e-3)
 
 
+def shallow(script, small, name: str, parts: dict[str, torch.nn.Module]):
+    """The script's model with these parts, and the small pipeline's tokenizers."""
+    argv = f"--pretrained_model_name_or_path {small / name} --placeholder_token <new> --initializer_token teapot"
+    model = script.MODEL_CLASS(script.parse_args(f"{argv} --output_dir unused".split(), script.MODEL_CLASS))
+    model.text_encoders = [parts[encoder] for encoder in model.text_encoder_names]
+    model.denoiser, model.vae = parts[model.denoiser_name], parts["vae"]
+    return model
+
+
 def test_sdxl(small):
-    script = train_dti_sdxl
-    args = argparse.Namespace(pretrained_model_name_or_path=str(small / "sdxl"), revision=None, hub_token=None)
-    parts = shallow_models("sdxl")
-    models = script.Models(
-        tokenizers=script.load_tokenizers(args),
-        text_encoders=[parts["text_encoder"], parts["text_encoder_2"]],
-        unet=parts["unet"],
-        vae=parts["vae"],
-        noise_scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        tokens=[],
-    )
-    check_a_step(script, models, token_options(), (768, 1280), (1, 4, 8, 8))
+    model = shallow(train_dti_sdxl, small, "sdxl", shallow_models("sdxl"))
+    model.noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    check_a_step(train_dti_sdxl, model, (768, 1280), (1, 4, 8, 8))
 
 
 def test_sana(small):
-    script = train_dti_sana
-    args = script.parse_args(
-        f"--pretrained_model_name_or_path {small / 'sana'} --placeholder_token <new> --initializer_token teapot"
-        " --output_dir unused".split()
-    )
+    model = shallow(train_dti_sana, small, "sana", shallow_models("sana-1.6b"))
     scheduler = FlowMatchEulerDiscreteScheduler()
-    parts = shallow_models("sana-1.6b")
-    models = script.Models(
-        tokenizers=script.load_tokenizers(args),
-        text_encoders=[parts["text_encoder"]],
-        transformer=parts["transformer"],
-        vae=parts["vae"],
-        timesteps=scheduler.timesteps,
-        sigmas=scheduler.sigmas,
-        instruction="",
-        max_length=300,
-        args=args,
-        tokens=[],
-    )
-    check_a_step(script, models, token_options(), (2304,), (1, 32, 2, 2))
+    model.timesteps, model.sigmas, model.instruction, model.max_length = scheduler.timesteps, scheduler.sigmas, "", 300
+    check_a_step(train_dti_sana, model, (2304,), (1, 32, 2, 2))

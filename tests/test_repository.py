@@ -66,7 +66,7 @@ def test_the_front_page_names_the_command_of_the_readme(name):
 def test_every_training_command_of_the_readme_is_understood(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     script, argv = arguments(command)
-    script.check_options(script.parse_args(argv))
+    script.check_options(script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS)))
 
 
 @pytest.mark.parametrize("name", ["clown", "heart"])
@@ -81,10 +81,10 @@ def test_the_readmes_first_job_runs(monkeypatch, tmp_path, name):
     script, argv = arguments(job)
     script.main(argv)
     AcceleratorState._reset_state(reset_partial_state=True)
-    args = script.parse_args(argv)
-    assert (args.output_dir / "learned_embeds.safetensors").is_file()
-    assert (args.output_dir / "validation-60.png").is_file()
-    exec(script.loading_snippet(args, torch.device("cpu"), torch.float32), {})
+    model = script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS))
+    assert (model.args.output_dir / "learned_embeds.safetensors").is_file()
+    assert (model.args.output_dir / "validation-60.png").is_file()
+    exec(model.loading_snippet(torch.device("cpu"), torch.float32), {})
     assert Image.open("picture.png").size == (64, 64)
 
 
@@ -123,7 +123,7 @@ def test_every_example_command_of_the_readme_runs(command, small, judges, learne
 
 
 def test_the_readmes_options_exist():
-    parsers = (train_dti_sdxl.make_parser(), train_dti_sana.make_parser())
+    parsers = [script.make_parser(script.MODEL_CLASS) for script in SCRIPTS.values()]
     known = {spelling for parser in parsers for action in parser._actions for spelling in action.option_strings}
     known |= {"--num_processes", "--script", "--subjects", "--concept"}  # accelerate's, train_many.py's, world.py's
     for name in {shlex.split(command)[1] for command in example_commands()}:
@@ -136,7 +136,8 @@ def test_the_readmes_options_exist():
 @pytest.mark.parametrize("name, dtype", [("train_dti_sdxl.py", torch.float16), ("train_dti_sana.py", torch.bfloat16)])
 def test_the_readmes_loading_lines_are_the_printed_ones(name, dtype):
     script, argv = arguments(next(c for c in training_commands() if name in c and "photos/dog" in c))
-    printed = script.loading_snippet(script.parse_args(argv), torch.device("cuda"), dtype)
+    model = script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS))
+    printed = model.loading_snippet(torch.device("cuda"), dtype)
     printed = printed.replace(f"{ROOT}/", "")  # of the pipeline's file
     code = [line for line in printed.strip().splitlines() if line and not line.startswith(("#", "pipe("))]
     readme = (ROOT / "README.md").read_text()

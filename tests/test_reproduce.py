@@ -26,8 +26,8 @@ def test_every_training_is_one_that_the_script_understands(miniature_models, tmp
     parsed = {}
     for run in trained:
         words = [f"--{k}={v}" for k, v in run.row(args).items() if k != "name"]
-        given = script.parse_args([*words, "--output_dir=x", "--pretrained_model_name_or_path=x"])
-        script.check_options(given)
+        given = script.parse_args([*words, "--output_dir=x", "--pretrained_model_name_or_path=x"], script.MODEL_CLASS)
+        script.check_options(script.MODEL_CLASS(given))
         parsed[run.method.name] = given
     assert parsed["m* 10 x mean"].magnitude == "10mean" and parsed["m* 10 x mean"].learning_rate == 0.04
     assert parsed["TI"].magnitude == "free" and parsed["TI"].optimizer == "adamw" and parsed["TI"].kappa == 0

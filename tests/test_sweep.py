@@ -23,7 +23,9 @@ def test_every_setting_is_one_that_the_script_understands(options):
     given = {}
     for method in (*sweep.references(several=False), *settings):
         argv = [f"--{k}={v}" for k, v in reproduce.Run(method, "zebra_star", 1).row(args).items() if k != "name"]
-        given[method.name] = script.parse_args([*argv, "--output_dir=x", "--pretrained_model_name_or_path=x"])
+        given[method.name] = script.parse_args(
+            [*argv, "--output_dir=x", "--pretrained_model_name_or_path=x"], script.MODEL_CLASS
+        )
     paper = given["DTI, printed"]
     assert (paper.max_train_steps, paper.learning_rate, paper.lr_scheduler) == (500, 0.005, "constant")
     other = given["2mean, 60 steps, 0.08 linear, batch 8"]

@@ -11,6 +11,9 @@ import train_dti_sdxl as script
 from train_dti_sdxl import UserError
 
 
+MODEL = script.MODEL_CLASS
+
+
 @pytest.fixture
 def tokenizer(small):
     return CLIPTokenizer.from_pretrained(small / "sdxl" / "tokenizer")
@@ -26,37 +29,37 @@ def token_options(**changes) -> argparse.Namespace:
 
 
 def make(encoder, tokenizer, num_vectors=1, warm_start=None, **changes):
-    first_id = script.add_placeholder(tokenizer, "<new>", num_vectors)
+    first_id = script.add_placeholder(MODEL, tokenizer, "<new>", num_vectors)
     return script.make_token(encoder, tokenizer, first_id, num_vectors, warm_start, token_options(**changes))
 
 
 @pytest.mark.parametrize("name", ["", " ", "my dog", "dog", "<|endoftext|>", "a\tb"])
 def test_names_that_will_not_do(tokenizer, name):
     with pytest.raises(UserError, match="--placeholder_token"):
-        script.add_placeholder(tokenizer, name, 1)
+        script.add_placeholder(MODEL, tokenizer, name, 1)
 
 
 @pytest.mark.parametrize("there, name, vectors", [("<x>_1", "<x>", 1), ("<x>", "<x>_1", 1), ("<x>", "<x>_2", 1)])
 def test_names_that_clash_with_the_further_vectors_of_another(tokenizer, there, name, vectors):
     tokenizer.add_tokens(there)
     with pytest.raises(UserError, match="already"):
-        script.add_placeholder(tokenizer, name, vectors)
+        script.add_placeholder(MODEL, tokenizer, name, vectors)
 
 
 def test_capitals_are_refused_where_the_pipeline_would_lose_vectors(tokenizer):
     """Some versions of transformers report an added token in lower case; the loader then finds only its first vector."""
     tokenizer.add_tokens(["<Probe>", "<Probe>_1"])
-    found = script.to_pipeline_prompt("a <Probe>", tokenizer) == "a <Probe> <Probe>_1"
+    found = MODEL.to_pipeline_prompt("a <Probe>", tokenizer) == "a <Probe> <Probe>_1"
     if found:
-        script.add_placeholder(tokenizer, "<My-Dog>", 2)
+        script.add_placeholder(MODEL, tokenizer, "<My-Dog>", 2)
     else:
         with pytest.raises(UserError, match="<my-dog>"):
-            script.add_placeholder(tokenizer, "<My-Dog>", 2)
+            script.add_placeholder(MODEL, tokenizer, "<My-Dog>", 2)
 
 
 def test_several_vectors_are_joined_as_the_pipeline_does(tokenizer):
-    first = script.add_placeholder(tokenizer, "<new>", 3)
-    prompt = script.to_pipeline_prompt("a photo of <new> here", tokenizer)
+    first = script.add_placeholder(MODEL, tokenizer, "<new>", 3)
+    prompt = MODEL.to_pipeline_prompt("a photo of <new> here", tokenizer)
     assert prompt == "a photo of <new> <new>_1 <new>_2 here"
     ids = tokenizer(prompt).input_ids
     assert [i for i in ids if i >= first] == [first, first + 1, first + 2]
@@ -133,36 +136,36 @@ def test_no_cast_of_the_encoder_reaches_the_learned_rows(encoder, tokenizer):
 def test_only_the_new_rows_get_a_gradient(encoder, tokenizer):
     encoder.requires_grad_(False)
     token = make(encoder, tokenizer, 2)
-    ids = tokenizer(script.to_pipeline_prompt("a <new> dog", tokenizer), return_tensors="pt").input_ids
+    ids = tokenizer(MODEL.to_pipeline_prompt("a <new> dog", tokenizer), return_tensors="pt").input_ids
     encoder(ids).last_hidden_state.square().sum().backward()
     assert token.parameter.grad.abs().sum(dim=-1).min() > 0
     assert all(p.grad is None for p in encoder.parameters())
 
 
 def pair(folder, widths=(32, 48), vectors=(1, 1)):
-    for name, width, count in zip(script.EMBEDDING_FILES, widths, vectors, strict=True):
+    for name, width, count in zip(MODEL.embedding_files, widths, vectors, strict=True):
         save_file({"<old>": torch.randn(count, width)}, folder / f"{name}.safetensors")
 
 
 def test_warm_start_reads_a_folder_a_file_of_the_pair_and_a_web_file(tmp_path):
     pair(tmp_path)
-    from_folder = script.read_warm_start(tmp_path, [32, 48])
-    from_file = script.read_warm_start(tmp_path / "learned_embeds.safetensors", [32, 48])
+    from_folder = script.read_warm_start(MODEL, tmp_path, [32, 48])
+    from_file = script.read_warm_start(MODEL, tmp_path / "learned_embeds.safetensors", [32, 48])
     save_file({"clip_l": from_folder[0], "clip_g": from_folder[1]}, tmp_path / "web.safetensors")
-    from_web = script.read_warm_start(tmp_path / "web.safetensors", [32, 48])
+    from_web = script.read_warm_start(MODEL, tmp_path / "web.safetensors", [32, 48])
     for rows in (from_file, from_web):
         assert all(torch.equal(a, b) for a, b in zip(rows, from_folder, strict=True))
 
 
 def test_warm_starts_that_will_not_do(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        script.read_warm_start(tmp_path, [32, 48])
+        script.read_warm_start(MODEL, tmp_path, [32, 48])
     pair(tmp_path)
     with pytest.raises(UserError, match=r"width \[32, 48\].*\[768, 1280\]"):
-        script.read_warm_start(tmp_path, [768, 1280])
+        script.read_warm_start(MODEL, tmp_path, [768, 1280])
     pair(tmp_path, vectors=(1, 2))
     with pytest.raises(UserError, match="same number"):
-        script.read_warm_start(tmp_path, [32, 48])
+        script.read_warm_start(MODEL, tmp_path, [32, 48])
     save_file({"a": torch.ones(1, 32), "b": torch.ones(1, 48)}, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match="clip_l and clip_g"):
-        script.read_warm_start(tmp_path / "odd.safetensors", [32, 48])
+        script.read_warm_start(MODEL, tmp_path / "odd.safetensors", [32, 48])

@@ -93,13 +93,13 @@ def test_one_step_turns_by_arctan_eta(train, small):
 
 def test_everything_else_is_bit_identical_and_frozen(train, small, models_seen):
     train()
-    models, stock = models_seen[0], SanaPipeline.from_pretrained(small / "sana")
-    state = {k.replace("vocabulary.", ""): v for k, v in models.text_encoders[0].state_dict().items()}
+    model, stock = models_seen[0], SanaPipeline.from_pretrained(small / "sana")
+    state = {k.replace("vocabulary.", ""): v for k, v in model.text_encoders[0].state_dict().items()}
     assert all(torch.equal(state[k], v) for k, v in stock.text_encoder.state_dict().items())
-    for name in ("transformer", "vae"):
-        state = getattr(models, name).state_dict()
-        assert all(torch.equal(state[k], v) for k, v in getattr(stock, name).state_dict().items())
-    parts = (models.transformer, models.vae, *models.text_encoders)
+    for part, original in ((model.denoiser, stock.transformer), (model.vae, stock.vae)):
+        state = part.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in original.state_dict().items())
+    parts = (model.denoiser, model.vae, *model.text_encoders)
     assert not any(p.requires_grad for part in parts for p in part.parameters())
 
 
@@ -129,9 +129,9 @@ def test_the_seed_decides_everything(train, tmp_path):
 
 def test_bf16_models_train_a_float32_direction(train, small, models_seen):
     out = train(mixed_precision="bf16", max_train_steps=6)
-    models = models_seen[0]
-    assert {models.transformer.dtype, models.text_encoders[0].dtype} == {torch.bfloat16}
-    assert models.vae.dtype == models.tokens[0].parameter.dtype == torch.float32
+    model = models_seen[0]
+    assert {model.denoiser.dtype, model.text_encoders[0].dtype} == {torch.bfloat16}
+    assert model.vae.dtype == model.tokens[0].parameter.dtype == torch.float32
     m_star = norms(small).mean().item()
     assert embedding(out).norm().item() == pytest.approx(m_star, rel=1e-6)
     assert script.angle(embedding(out), start_row(small)).item() > 0.2
@@ -145,7 +145,7 @@ def test_fp16_is_warned_of(train, caplog):
 
 def test_gradient_checkpointing_changes_memory_not_the_result(train, tmp_path, models_seen):
     plain, saving = embedding(train(output_dir=tmp_path / "plain")), embedding(train("--gradient_checkpointing"))
-    assert models_seen[1].transformer.is_gradient_checkpointing and models_seen[1].text_encoders[0].training
+    assert models_seen[1].denoiser.is_gradient_checkpointing and models_seen[1].text_encoders[0].training
     assert script.angle(plain, saving).max() < 1e-3
 
 
@@ -163,12 +163,12 @@ def test_cached_latents_are_the_encoded_ones(train, tmp_path):
 def test_conditioning_is_the_pipelines(train, small, models_seen, initializer, instruction):
     """Padded like the pipeline: to the bit, masks too. Padded to the longest prompt: the same wherever the mask lets through."""
     out = train(initializer_token=initializer, complex_human_instruction=instruction)
-    models, pipe = models_seen[0], pipeline(small, out)
-    texts = None if instruction is None else models.instruction.split("\n")
+    model, pipe = models_seen[0], pipeline(small, out)
+    texts = None if instruction is None else model.instruction.split("\n")
     with torch.no_grad():
         expected, mask, *_ = pipe.encode_prompt(PROMPTS, False, device="cpu", complex_human_instruction=texts)
-        ours, our_mask = script.encode_prompts(models, PROMPTS, padding="max_length")
-        short, short_mask = script.encode_prompts(models, PROMPTS)
+        ours, our_mask = model.encode_prompts(PROMPTS, padding="max_length")
+        short, short_mask = model.encode_prompts(PROMPTS)
     assert len(embedding(out)) == len(initializer.split())
     assert torch.equal(ours, expected) and torch.equal(our_mask, mask)
     length = short.shape[1]
@@ -177,14 +177,18 @@ def test_conditioning_is_the_pipelines(train, small, models_seen, initializer, i
     torch.testing.assert_close(short[visible], expected[:, :length][visible], rtol=1e-4, atol=1e-5)
 
 
-def test_the_pipelines_own_instruction_is_selectable():
-    assert script.instruction_text(None) == "" and script.instruction_text("Draw: ") == "Draw: "
-    assert "User Prompt" in script.instruction_text("default")
+def test_the_pipelines_own_instruction_is_selectable(options):
+    def text(option):
+        return script.Sana(
+            script.parse_args(options(complex_human_instruction=option), script.Sana)
+        ).instruction_text()
+
+    assert text(None) == "" and text("Draw: ") == "Draw: " and "User Prompt" in text("default")
 
 
 def test_the_space_before_the_new_word_is_a_token_of_its_own_in_training_as_in_the_pipeline(train, small, models_seen):
     pipe = pipeline(small, train())
-    ours = script.to_pipeline_prompt("a <my-pot> here", models_seen[0].tokenizers[0])
+    ours = script.Sana.to_pipeline_prompt("a <my-pot> here", models_seen[0].tokenizers[0])
     pieces = models_seen[0].tokenizers[0].tokenize(ours)
     assert pieces[pieces.index("<my-pot>") - 1] == "▁"
     assert pieces == pipe.tokenizer.tokenize(pipe._text_preprocessing("a <my-pot> here")[0])
@@ -200,22 +204,22 @@ def test_capitals_are_refused_with_the_reason(train):
 
 @pytest.mark.parametrize("instruction", [None, "default"])
 def test_short_padding_gives_the_loss_and_gradient_of_all_positions(loaded, monkeypatch, instruction):
-    models, _ = loaded(complex_human_instruction=instruction)
-    latents = torch.randn(3, models.vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
-    encode, positions = script.encode_prompts, []
+    model = loaded(complex_human_instruction=instruction)
+    latents = torch.randn(3, model.vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
+    encode, positions = model.encode_prompts, []
 
     def loss_and_gradient(padding):
-        def watched(models, prompts, _):
-            embeds, mask = encode(models, prompts, padding=padding)
+        def watched(prompts, _):
+            embeds, mask = encode(prompts, padding=padding)
             positions.append(embeds.shape[1])
             return embeds, mask
 
-        monkeypatch.setattr(script, "encode_prompts", watched)
+        monkeypatch.setattr(model, "encode_prompts", watched)
         batch = {"latents": latents, "prompt": PROMPTS, "generators": generators(1, 2, 3)}
-        loss = script.diffusion_loss(models, batch)
-        models.tokens[0].parameter.grad = None
+        loss = model.loss(batch)
+        model.tokens[0].parameter.grad = None
         loss.backward()
-        return loss.detach(), models.tokens[0].parameter.grad
+        return loss.detach(), model.tokens[0].parameter.grad
 
     short, full = loss_and_gradient("longest"), loss_and_gradient("max_length")
     assert positions[0] < 60 and positions[1] == 300
@@ -224,10 +228,10 @@ def test_short_padding_gives_the_loss_and_gradient_of_all_positions(loaded, monk
 
 
 def test_a_repeated_prompt_is_encoded_once_and_no_key_value_cache_is_built(loaded):
-    models, _ = loaded()
+    model = loaded()
     outputs = []
-    hook = models.text_encoders[0].register_forward_hook(lambda module, args, output: outputs.append(output))
-    embeds, mask = script.encode_prompts(models, [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]])
+    hook = model.text_encoders[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    embeds, mask = model.encode_prompts([PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]])
     hook.remove()
     assert outputs[0].last_hidden_state.shape[0] == 2 and outputs[0].past_key_values is None
     assert len(embeds) == 4 and torch.equal(embeds[0], embeds[2]) and torch.equal(mask[0], mask[3])
@@ -239,15 +243,15 @@ def test_a_repeated_prompt_is_encoded_once_and_no_key_value_cache_is_built(loade
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"])
 def test_the_loss_is_flow_matching_at_the_schedulers_sigmas(loaded, small, scheme):
     """Against the formulas written out: x_t = (1 - sigma) x + sigma noise, target noise - x, SD3's weights."""
-    models, args = loaded(weighting_scheme=scheme)
-    latents = torch.randn(2, models.vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
+    model = loaded(weighting_scheme=scheme)
+    latents = torch.randn(2, model.vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
     seen = {}
 
     def forward(module, inputs, kwargs, output):
         seen.update(noisy=inputs[0], timestep=kwargs["timestep"], prediction=output.sample)
 
-    hook = models.transformer.register_forward_hook(forward, with_kwargs=True)
-    loss = script.diffusion_loss(models, {"latents": latents, "prompt": PROMPTS[:2], "generators": generators(1, 2)})
+    hook = model.denoiser.register_forward_hook(forward, with_kwargs=True)
+    loss = model.loss({"latents": latents, "prompt": PROMPTS[:2], "generators": generators(1, 2)})
     hook.remove()
 
     again = generators(1, 2)
@@ -307,6 +311,6 @@ def test_a_warm_start_goes_on_from_any_of_the_files(train, tmp_path, start):
 
 @pytest.mark.parametrize("module, folder, other", [(script, "sdxl", "sdxl"), (train_dti_sdxl, "sana", "sana")])
 def test_the_other_models_folder_names_the_other_script(small, options, module, folder, other):
-    args = module.parse_args([*options(pretrained_model_name_or_path=small / folder)])
+    args = module.parse_args(options(pretrained_model_name_or_path=small / folder), module.MODEL_CLASS)
     with pytest.raises(module.UserError, match=f"use train_dti_{other}.py"):
-        module.check_model(args)
+        module.check_model(module.MODEL_CLASS(args))

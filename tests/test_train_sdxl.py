@@ -86,33 +86,33 @@ def test_one_step_turns_by_arctan_eta(train, small):
 @pytest.mark.parametrize("flags", [(), ("--magnitude", "free", "--optimizer", "adamw")])
 def test_everything_else_is_bit_identical_and_frozen(train, small, models_seen, flags):
     train(*flags)
-    models, stock = models_seen[0], stock_pipeline(small)
-    for encoder, original in zip(models.text_encoders, (stock.text_encoder, stock.text_encoder_2), strict=True):
+    model, stock = models_seen[0], stock_pipeline(small)
+    for encoder, original in zip(model.text_encoders, (stock.text_encoder, stock.text_encoder_2), strict=True):
         state = {k.replace("vocabulary.", ""): v for k, v in encoder.state_dict().items()}
         assert state.keys() == original.state_dict().keys()
         assert all(torch.equal(state[k], v) for k, v in original.state_dict().items())
-    for name in ("unet", "vae"):
-        state = getattr(models, name).state_dict()
-        assert all(torch.equal(state[k], v) for k, v in getattr(stock, name).state_dict().items())
-    parts = (models.unet, models.vae, *models.text_encoders)
+    for part, original in ((model.denoiser, stock.unet), (model.vae, stock.vae)):
+        state = part.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in original.state_dict().items())
+    parts = (model.denoiser, model.vae, *model.text_encoders)
     assert not any(p.requires_grad for part in parts for p in part.parameters())
-    assert all(token.parameter.requires_grad for token in models.tokens)
+    assert all(token.parameter.requires_grad for token in model.tokens)
 
 
 def test_a_fixed_batch_is_overfitted(loaded):
     """Where the noise is the same every time, the direction can learn it: the loss falls further than by any chance."""
-    models, args = loaded()
+    model = loaded()
     with torch.no_grad():  # a random UNet hardly listens to its text: make it
-        for name, weight in models.unet.named_parameters():
+        for name, weight in model.denoiser.named_parameters():
             if "attn2.to_" in name or "add_embedding" in name:
                 weight.mul_(4)
-    optimizer = script.make_optimizer(models.tokens, args)
+    optimizer = script.make_optimizer(model.tokens, model.args)
     generator = torch.Generator().manual_seed(0)
     latents = {"mean": torch.randn(2, 4, 8, 8, generator=generator), "std": torch.zeros(2, 4, 8, 8)}
     batch = {**latents, "time_ids": torch.full((2, 6), 64.0), "prompt": ["a photo of <my-pot>", "my <my-pot>"]}
 
     def loss():
-        return script.diffusion_loss(models, {**batch, "generators": generators(1, 2)})
+        return model.loss({**batch, "generators": generators(1, 2)})
 
     losses = []
     for _ in range(150):
@@ -123,7 +123,7 @@ def test_a_fixed_batch_is_overfitted(loaded):
     with torch.no_grad():
         by_chance = []
         for seed in range(30):
-            for token in models.tokens:
+            for token in model.tokens:
                 random = torch.randn(token.parameter.shape, generator=torch.Generator().manual_seed(seed))
                 token.parameter.copy_(script.normalize(random))
             by_chance.append(loss().item())
@@ -158,19 +158,19 @@ def test_every_row_of_the_papers_tables_is_one_command(train, small, row, flags,
 
 @pytest.mark.parametrize("preset", ["fast", "released", None])
 def test_a_preset_is_its_options_and_what_is_given_wins(train, options, tmp_path, preset):
-    settings = script.PRESETS[preset or "default"]["rsgd"]
+    settings = script.MODEL_CLASS.presets[preset or "default"]["rsgd"]
     rest = {name: value for name, value in settings.items() if name != "max_train_steps"}
     chosen = embeddings(train(preset=preset, max_train_steps=3, output_dir=tmp_path / "preset"))
     written = embeddings(train(max_train_steps=3, output_dir=tmp_path / "written", **rest))
     assert all(torch.equal(a, b) for a, b in zip(chosen, written, strict=True))
     assert not torch.equal(chosen[0], embeddings(train(max_train_steps=3))[0])
-    args = script.parse_args(options(preset=preset, max_train_steps=None, learning_rate=0.003))
+    args = script.parse_args(options(preset=preset, max_train_steps=None, learning_rate=0.003), script.MODEL_CLASS)
     assert (args.max_train_steps, args.learning_rate) == (settings["max_train_steps"], 0.003)
 
 
 def test_the_papers_and_the_authors_settings(options):
     def settings(*flags, **changes):
-        args = script.parse_args(options(*flags, max_train_steps=None, **changes))
+        args = script.parse_args(options(*flags, max_train_steps=None, **changes), script.MODEL_CLASS)
         return args.max_train_steps, args.learning_rate, args.lr_scheduler, args.magnitude
 
     baseline = ("--magnitude", "free", "--optimizer", "adamw")
@@ -219,7 +219,7 @@ def test_conditioning_is_the_stock_pipelines_bit_for_bit(train, small, models_se
     pipe = stock_pipeline(small, out)
     prompts = ["a photo of <my-pot> on the grass", "<my-pot>, painting", "a <my-pot> and a <my-pot>"]
     with torch.no_grad():
-        ours = script.encode_prompts(models_seen[0], prompts)
+        ours = models_seen[0].encode_prompts(prompts)
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device="cpu")
     assert len(embeddings(out)[0]) == len(initializer.split())
     assert torch.equal(ours[0], embeds) and torch.equal(ours[1], pooled)
@@ -265,7 +265,7 @@ def test_training_pools_as_told_and_validation_at_the_end_token(train, small, mo
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch("training", "encode_prompts", script, lambda models: models.text_encoders[1])
+    watch("training", "encode_prompts", script.MODEL_CLASS, lambda model: model.text_encoders[1])
     watch("validation", "encode_prompt", StableDiffusionXLPipeline, lambda pipeline: pipeline.text_encoder_2)
     end = stock_pipeline(small).tokenizer_2.eos_token_id
     stock = embeddings(train(validation_prompt="a {}", validation_steps=2, num_validation_images=1))
@@ -320,18 +320,17 @@ def test_cached_latents_are_the_encoded_ones(train, tmp_path):
 
 
 def test_the_cache_keeps_the_posterior_and_the_vae_leaves(small, options):
-    args = script.parse_args(options(crops_per_image=6))
-    photographs = script.load_photographs(args)
-    tokenizers = script.load_tokenizers(args)
-    models = script.load_models(args, tokenizers, torch.float32)
-    cache = script.cache_latents(models, photographs, args, 0, Accelerator(cpu=True))
+    model = script.MODEL_CLASS(script.parse_args(options(crops_per_image=6), script.MODEL_CLASS))
+    photographs = script.load_photographs(model.args)
+    model.load(torch.float32)
+    cache = script.cache_latents(model, photographs, 0, Accelerator(cpu=True))
     assert len(cache) == 5 and 1 < max(map(len, cache)) <= 6
     view = cache[0][0]
     top, left = (int(n) for n in view["time_ids"][2:4])
     image = script.open_image(photographs[0]["image"])
     pixels = script.render_view(image, script.View(False, top, left), 64)
     with torch.no_grad():
-        posterior = models.vae.encode(pixels[None]).latent_dist
+        posterior = model.vae.encode(pixels[None]).latent_dist
     torch.testing.assert_close(view["mean"], posterior.mean[0] * 0.13025)
     torch.testing.assert_close(view["std"], posterior.std[0] * 0.13025)
 
@@ -357,11 +356,11 @@ def test_only_the_total_batch_matters(train, launch, tmp_path, split):
 def test_half_precision_models_train_a_float32_direction(train, small, models_seen, precision):
     steps, eta = 6, 5e-3
     out = train(mixed_precision=precision, max_train_steps=steps, learning_rate=eta)
-    models = models_seen[0]
+    model = models_seen[0]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert {models.unet.dtype, *(e.dtype for e in models.text_encoders)} == {dtype}
-    assert models.vae.dtype == torch.float32
-    assert {token.parameter.dtype for token in models.tokens} == {torch.float32}
+    assert {model.denoiser.dtype, *(e.dtype for e in model.text_encoders)} == {dtype}
+    assert model.vae.dtype == torch.float32
+    assert {token.parameter.dtype for token in model.tokens} == {torch.float32}
     start = script.CLIPTokenizer.from_pretrained(small / "sdxl" / "tokenizer")("teapot").input_ids[1]
     for rows, matrix in zip(embeddings(out), vocabulary(small), strict=True):
         m_star = matrix.double().norm(dim=-1).mean().item()  # of the vocabulary as shipped, not rounded to half
@@ -372,7 +371,7 @@ def test_half_precision_models_train_a_float32_direction(train, small, models_se
 def test_gradient_checkpointing_changes_memory_not_the_result(train, tmp_path, models_seen):
     plain = embeddings(train(output_dir=tmp_path / "plain"))
     saving = embeddings(train("--gradient_checkpointing"))
-    assert models_seen[1].unet.is_gradient_checkpointing
+    assert models_seen[1].denoiser.is_gradient_checkpointing
     assert all(encoder.is_gradient_checkpointing and encoder.training for encoder in models_seen[1].text_encoders)
     for a, b in zip(plain, saving, strict=True):
         assert script.angle(a, b).max() < 1e-3
@@ -417,8 +416,8 @@ def test_a_warm_start_goes_on_from_where_it_was(train, tmp_path):
 
 
 def test_v_prediction_has_the_velocity_for_target(loaded, monkeypatch):
-    models, args = loaded()
-    models.noise_scheduler.register_to_config(prediction_type="v_prediction")
+    model = loaded()
+    model.noise_scheduler.register_to_config(prediction_type="v_prediction")
     clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     batch = {
         "mean": clean,
@@ -428,12 +427,12 @@ def test_v_prediction_has_the_velocity_for_target(loaded, monkeypatch):
     }
     seen = {}
     monkeypatch.setattr(script.F, "mse_loss", lambda prediction, target: seen.update(target=target) or target.mean())
-    script.diffusion_loss(models, {**batch, "generators": generators(1)})
+    model.loss({**batch, "generators": generators(1)})
     generator = torch.Generator().manual_seed(1)
     torch.randn(clean.shape[1:], generator=generator)  # the posterior's sample, of deviation zero
     noise = torch.randn(clean.shape[1:], generator=generator)
     t = torch.randint(1000, (1,), generator=generator)
-    alpha = models.noise_scheduler.alphas_cumprod[t]
+    alpha = model.noise_scheduler.alphas_cumprod[t]
     torch.testing.assert_close(seen["target"], alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
 
 
@@ -461,16 +460,16 @@ def test_two_transformers_generations_name_weights_differently(small, options, t
     shutil.copytree(small / "sdxl", broken)
     path = broken / "text_encoder" / "model.safetensors"
     save_file({f"other.{k}": v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
-    args = script.parse_args(options(pretrained_model_name_or_path=broken))
-    tokenizers = script.load_tokenizers(args)
+    args = script.parse_args(options(pretrained_model_name_or_path=broken), script.MODEL_CLASS)
     with pytest.raises(script.UserError, match="text_encoder lacks the weights"):
-        script.load_models(args, tokenizers, torch.float32)
+        script.MODEL_CLASS(args).load(torch.float32)
 
 
 def test_reports_what_it_left_out(train, monkeypatch, caplog):
-    monkeypatch.setattr(
-        script, "diffusion_loss", lambda models, *a: sum(t.embedding().sum() * math.nan for t in models.tokens)
-    )
+    def loss(model, batch):
+        return sum(token.embedding().sum() * math.nan for token in model.tokens)
+
+    monkeypatch.setattr(script.MODEL_CLASS, "loss", loss)
     with caplog.at_level("WARNING", logger="dti"):
         out = train(max_train_steps=3)
     assert "6 updates of a vector were left out" in caplog.text
@@ -489,9 +488,10 @@ class OnDevice:
 
 @pytest.mark.parametrize("saving", [True, False])
 def test_with_gradient_checkpointing_the_vae_decodes_alone(saving):
-    models = SimpleNamespace(vae=OnDevice(), unet=OnDevice(), text_encoders=[OnDevice(), OnDevice()])
-    others = [models.unet, *models.text_encoders]
-    with script.room_for_vae(models, argparse.Namespace(gradient_checkpointing=saving)):
-        assert models.vae.device.type == "cuda"
-        assert {model.device.type for model in others} == {"cpu" if saving else "cuda"}
-    assert {model.device.type for model in others} == {"cuda"}
+    model = SimpleNamespace(vae=OnDevice(), denoiser=OnDevice(), text_encoders=[OnDevice(), OnDevice()])
+    model.args = argparse.Namespace(gradient_checkpointing=saving)
+    others = [model.denoiser, *model.text_encoders]
+    with script.room_for_vae(model):
+        assert model.vae.device.type == "cuda"
+        assert {part.device.type for part in others} == {"cpu" if saving else "cuda"}
+    assert {part.device.type for part in others} == {"cuda"}
