@@ -88,7 +88,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
@@ -803,9 +803,17 @@ def seed_dropout(generators: list[torch.Generator]) -> None:
 # 4. Data: photographs, prompts, and which of them each step sees
 # ----------------------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".tga"}
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".tga"),
+    *(".avif", ".heic", ".heif", ".hif", ".jxl"),
+}
 
-# The word stands as a noun does, with an article, for so it stands in the prompts that people write.
+# Formats that Pillow cannot read by itself, or not in every version: how files begin, a suffix, and what to install.
+ADDED_FORMATS = {
+    "AVIF": (rb"....ftyp(avi[fs]|m[is]f1.{0,40}avi[fs])", ".avif", "pillow>=11.3"),
+    "HEIF": (rb"....ftyp(he[iv][cmsx]|m[is]f1)", ".heic", "pillow-heif"),
+    "JPEG XL": (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", ".jxl", "pillow-jxl-plugin"),
+}
 OBJECT_TEMPLATES = """
 a photo of a {} | a photo of the {} | a photo of my {} | a photo of one {} | a picture of a {} | a picture of the {}
 a picture of my {} | a snapshot of a {} | a photograph showing the {} | a close-up photo of a {} | a sharp photo of the {}
@@ -825,6 +833,21 @@ a landscape in the style of a {} | a portrait in the style of my {} | a still li
 a cropped picture in the style of the {} | a fine picture in the {} style | a quick study in the style of a {}
 a composition in the style of my {} | an image in the style of a {} | a work in the style of the {}
 """
+
+
+def widen_pillow() -> None:
+    """Have Pillow read the formats for which there is a package, and files beyond its guards against hostile ones."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401  it registers itself
+    Image.MAX_IMAGE_PIXELS = 2**28  # it refuses twice as many; telephones take 200 million
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # editors write more than 1 MiB
+
+
+widen_pillow()
 
 
 def built_in_templates(learnable_property: str) -> list[str]:
@@ -860,7 +883,32 @@ def find_images(folder: Path, option: str = "--instance_data_dir") -> list[Path]
         logger.info(f"Not images, left out: {', '.join(left_out)}")
     if not images:
         raise UserError(f"{option} {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return images
+    return readable_images(images, f"{option} {folder}")
+
+
+def readable_images(paths: list[Path], said: str) -> list[Path]:
+    """Those that are not of a format which is not installed. Warns of the others. Raises UserError where none is left."""
+    missing = {path: kind for path in paths if (kind := missing_format({"path": path, "bytes": None}))}
+    problem = "; ".join(
+        f"reading {kind} needs `pip install '{ADDED_FORMATS[kind][2]}'`" for kind in dict.fromkeys(missing.values())
+    )
+    if len(missing) == len(paths):
+        raise UserError(f"{said} holds only images in formats that are not installed: {problem}.")
+    if missing:
+        logger.warning(f"Left out: {', '.join(repr(path.name) for path in missing)}; {problem}.")
+    return [path for path in paths if path not in missing]
+
+
+def missing_format(record: dict) -> str | None:
+    """The format of an image, by how it begins, if nothing that is installed reads it."""
+    head = record["bytes"] or b""
+    if record["bytes"] is None:
+        with contextlib.suppress(OSError), open(record["path"], "rb") as file:  # open_image tells of such errors
+            head = file.read(64)
+    for kind, (beginning, suffix, _) in ADDED_FORMATS.items():
+        if re.match(beginning, head, re.DOTALL):
+            return None if suffix in Image.registered_extensions() else kind
+    return None
 
 
 def read_captions(folder: Path, column: str | None) -> dict[str, str] | None:
@@ -928,7 +976,7 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
 
 
 def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
-    """Decode one photograph upright to sRGB. Raises UserError naming a broken file.
+    """Decode one photograph upright to sRGB. Raises UserError naming one that cannot be read.
 
     With `shrink_to` a JPEG may come out smaller, its shorter side still at least so many pixels: quick, for a check.
     """
@@ -939,21 +987,39 @@ def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
     try:
         with Image.open(source) as image:
             if image.format == "EPS":  # Pillow would run Ghostscript on it, for as long as the file likes
-                raise ValueError("PostScript is not read")
+                raise UserError(f"{name} is PostScript, which is not read: save it as PNG or take it away.")
+            if image.format == "JXL" and not getattr(image, "jpeg", False):
+                image.getexif().pop(ExifTags.Base.Orientation, None)  # the decoder has turned it already
             if shrink_to is not None:
                 image.draft("RGB", (shrink_to, shrink_to))
             return to_srgb(ImageOps.exif_transpose(image), name)
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many kinds on damaged files
-        raise UserError(f"{name} is damaged or not an image ({error}): mend it or take it away.") from None
+        raise UserError(f"{name} {why_unreadable(error, record)}") from None
+
+
+def why_unreadable(error: Exception, record: dict) -> str:
+    """What is the matter with a photograph that Pillow does not read, and the remedy."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, the most that are read: make it smaller."
+    if "MAX_TEXT" in str(error):
+        limit = PngImagePlugin.MAX_TEXT_CHUNK >> 20
+        return f"has more than {limit} MiB of text or colour profile in it: save it without its metadata."
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}."
+    if (kind := missing_format(record)) is not None:
+        return f"is {kind}, and reading it needs `pip install '{ADDED_FORMATS[kind][2]}'`."
+    return f"is damaged or not an image ({error}): mend it or take it away."
 
 
 def to_srgb(image: Image.Image, name: str) -> Image.Image:
     """Any mode to RGB in sRGB's colours: transparency over white, 16-bit scaled to 8.
 
-    Raises ValueError where white is nowhere defined.
+    Raises UserError where white is nowhere defined.
     """
     if image.mode == "F":  # Pillow's conversion would take 1.0 for almost black
-        raise ValueError("floating-point pixels: save it with 8 or 16 bits")
+        raise UserError(f"{name} has floating-point pixels, which are not read: save it with 8 or 16 bits.")
     profile = image.info.get("icc_profile")
     if not profile and (colours := colours_without_profile(image)):
         warn_once(

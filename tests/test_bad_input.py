@@ -36,7 +36,7 @@ Written by `python tests/test_bad_input.py`; the tests hold it up to date.
 
 
 @pytest.fixture
-def bad(small, tmp_path):
+def bad(small, tmp_path, monkeypatch):
     """Makes the bad folders and files that the cases below name."""
 
     def path(name: str):
@@ -50,9 +50,20 @@ def bad(small, tmp_path):
             noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
             Image.fromarray(noise).save(target / "dog.jpg")
             (target / "dog.jpg").write_bytes((target / "dog.jpg").read_bytes()[:9000])
+        elif name == "float":
+            target.mkdir()
+            Image.new("F", (80, 80)).save(target / "depth.tif")
+        elif name == "postscript":
+            target.mkdir()
+            Image.new("RGB", (80, 80)).save(target / "dog.jpg", "EPS")
         elif name == "text":
             target.mkdir()
             (target / "dog.jpg").write_text("not a picture")
+        elif name == "heif":
+            target.mkdir()
+            (target / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+            Image.init()
+            monkeypatch.delitem(Image.EXTENSION, ".heic")  # as it is where pillow-heif is not installed
         elif name in CAPTIONS:
             shutil.copytree(small / "photos", target)
             (target / "metadata.jsonl").write_text(CAPTIONS[name])
@@ -131,6 +142,9 @@ CASES = [
     ({"instance_data_dir": "@empty"}, "--instance_data_dir .*empty holds no images"),
     ({"instance_data_dir": "@truncated"}, "dog.jpg is damaged"),
     ({"instance_data_dir": "@text"}, "dog.jpg is damaged or not an image"),
+    ({"instance_data_dir": "@heif"}, "holds only images in formats that are not installed: .* 'pillow-heif'"),
+    ({"instance_data_dir": "@float"}, "depth.tif has floating-point pixels"),
+    ({"instance_data_dir": "@postscript"}, "dog.jpg is PostScript"),
     ({"instance_data_dir": None}, "Give either --instance_data_dir or --dataset_name"),
     ({"dataset_name": "some/set"}, "Give either --instance_data_dir or --dataset_name"),
     ({"instance_data_dir": "@no_word"}, "caption 'a dog' has neither {} nor '<my-pot>'"),

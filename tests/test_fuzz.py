@@ -235,10 +235,12 @@ FILES = {
     "tga packed": encoded("RGBA", "TGA", compression="tga_rle"),
     "ico": encoded("RGBA", "ICO"),
     **({"avif": encoded("RGB", "AVIF")} if features.check("avif") else {}),
+    "heif": encoded("RGB", "HEIF"),
+    "jpeg xl": encoded("RGB", "JXL"),
 }
 REFUSED = {
-    "tiff float": (encoded("F", "TIFF"), "floating-point pixels: save it with 8 or 16 bits"),
-    "postscript": (POSTSCRIPT, "PostScript is not read"),
+    "tiff float": (encoded("F", "TIFF"), "x.png has floating-point pixels, .* save it with 8 or 16 bits"),
+    "postscript": (POSTSCRIPT, "x.png is PostScript, which is not read"),
     "nothing": (b"", "is damaged or not an image"),
     "a page": (b"<html><body>404</body></html>", "is damaged or not an image"),
 }
@@ -255,7 +257,7 @@ def test_every_kind_of_file_under_every_suffix(tmp_path, kind):
 def test_files_that_no_picture_can_be_made_of(tmp_path, kind):
     data, expected = REFUSED[kind]
     (tmp_path / "x.png").write_bytes(data)
-    assert expected in go_through(tmp_path)
+    assert re.search(expected, go_through(tmp_path))
 
 
 def test_lab_is_read_or_refused_by_pillows_version(tmp_path):
@@ -360,7 +362,7 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
     (tmp_path / "metadata.jsonl").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", refuse)
-        assert re.search("x.png is damaged or not an image .*Permission denied", go_through(tmp_path))
+        assert re.search("x.png cannot be read: Permission denied", go_through(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(type(tmp_path), "iterdir", refuse)
         assert re.search("--instance_data_dir .* cannot be read: Permission denied", go_through(tmp_path))
@@ -386,7 +388,7 @@ def test_decompression_bombs(tmp_path):
     gif[6:10] = b"\xff" * 4
     for data in (png_header(60000, 60000), png_header(2**31 - 1, 2**31 - 1), bytes(bmp), bytes(gif)):
         (tmp_path / "x.png").write_bytes(data)
-        assert "x.png is damaged or not an image" in go_through(tmp_path)
+        assert re.search("x.png (has more than 536870912 pixels|is damaged)", go_through(tmp_path))
     (tmp_path / "x.png").write_bytes(png_header(9000, 9000))  # a size that is let through, and no pixels
     go_through(tmp_path)
 
