@@ -1375,10 +1375,10 @@ class Sana:
     # those that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
     presets = {
         "default": {
-            "rsgd": {"max_train_steps": 1000, "learning_rate": 0.02, "lr_scheduler": "constant", "magnitude": "mean"}
+            "rsgd": {"max_train_steps": 250, "learning_rate": 0.08, "lr_scheduler": "linear", "magnitude": "2mean"}
         },
         "fast": {
-            "rsgd": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear", "magnitude": "mean"}
+            "rsgd": {"max_train_steps": 125, "learning_rate": 0.16, "lr_scheduler": "linear", "magnitude": "2mean"}
         },
         "paper": {
             "rsgd": {"max_train_steps": 1000, "learning_rate": 0.02, "lr_scheduler": "constant", "magnitude": "mean"},
@@ -1563,7 +1563,7 @@ class Sana:
         args = self.args
         model = json.dumps(model_name(args) if repository else args.pretrained_model_name_or_path)
         folder = json.dumps(repository or str(args.output_dir))
-        prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
+        prompt = json.dumps(f"a photo of a {args.placeholder_token}", ensure_ascii=False)
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
         given = ", complex_human_instruction=None" if args.complex_human_instruction is None else ""
         if args.resolution < 512:  # a small model: SanaPipeline draws 1024 px and knows no less than 512
@@ -2083,7 +2083,9 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> None:
 
 # Copied from train_dti_sdxl.labelled_grid
 def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
-    """One row of pictures for each label, with the label above it."""
+    """One row of pictures for each label, with the label above it. A small model's pictures are enlarged to be seen."""
+    zoom = max(1, 192 // rows[0][0].width)
+    rows = [[image.resize((image.width * zoom, image.height * zoom), Image.NEAREST) for image in row] for row in rows]
     width, height = rows[0][0].size
     bar = max(16, height // 16)
     font = ImageFont.load_default(bar * 0.7)

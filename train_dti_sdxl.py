@@ -1302,10 +1302,10 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
     # those that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
     presets = {
         "default": {
-            "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"}
+            "rsgd": {"max_train_steps": 250, "learning_rate": 0.08, "lr_scheduler": "linear", "magnitude": "2mean"}
         },
         "fast": {
-            "rsgd": {"max_train_steps": 60, "learning_rate": 0.17, "lr_scheduler": "linear", "magnitude": "mean"}
+            "rsgd": {"max_train_steps": 125, "learning_rate": 0.16, "lr_scheduler": "linear", "magnitude": "2mean"}
         },
         "paper": {
             "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
@@ -1474,7 +1474,7 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
         args = self.args
         model = json.dumps(model_name(args) if repository else args.pretrained_model_name_or_path)
         folder = json.dumps(repository or str(args.output_dir))
-        prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
+        prompt = json.dumps(f"a photo of a {args.placeholder_token}", ensure_ascii=False)
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
         return f"""
 import torch
@@ -1959,7 +1959,9 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> None:
 
 
 def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
-    """One row of pictures for each label, with the label above it."""
+    """One row of pictures for each label, with the label above it. A small model's pictures are enlarged to be seen."""
+    zoom = max(1, 192 // rows[0][0].width)
+    rows = [[image.resize((image.width * zoom, image.height * zoom), Image.NEAREST) for image in row] for row in rows]
     width, height = rows[0][0].size
     bar = max(16, height // 16)
     font = ImageFont.load_default(bar * 0.7)

@@ -2,7 +2,7 @@
 """Draw pictures with learned tokens, of Stable Diffusion XL or SANA, several tokens in one prompt if you like.
 
     python examples/generate.py out/my-dog --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
-      --prompt "a photo of {} on the beach" "a painting of {} in the rain" --seeds 0 1 2 3 --output_dir pictures
+      --prompt "a photo of a {} on the beach" "a painting of a {} in the rain" --seeds 0 1 2 3 --output_dir pictures
 
 "{}" stands for the learned token. My subject in my style is two embeddings in one prompt, "{0}" and "{1}":
 

@@ -2,7 +2,7 @@
 """Go from one learned token to another along the sphere, and draw the way as a strip of pictures.
 
     python examples/interpolate.py out/my-dog out/my-cat --output_dir out/dog-to-cat \
-      --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --prompt "a photo of {} on the beach"
+      --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --prompt "a photo of a {} on the beach"
 
 Embeddings of one norm lie on a sphere, and what is between two of them is found by spherical linear interpolation
 (https://arxiv.org/abs/2512.13672, "Interpolation"), for each text encoder and each vector by itself:

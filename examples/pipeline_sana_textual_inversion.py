@@ -10,7 +10,7 @@
         torch_dtype=torch.bfloat16,
     ).to("cuda")
     pipe.load_textual_inversion("out/my-dog")  # learned_embeds.safetensors, of one vector or several
-    pipe("a photo of <my-dog> on the beach").images[0].save("beach.png")
+    pipe("a photo of a <my-dog> on the beach").images[0].save("beach.png")
     pipe.unload_textual_inversion()
 
 Or `from pipeline_sana_textual_inversion import SanaTextualInversionPipeline`, with the file on Python's path.

@@ -153,10 +153,11 @@ def draw_front(rows: dict[str, dict], curves: dict[str, list[str]]) -> bytes:
     on_curves = {name for names in curves.values() for name in names}
     for label, names in curves.items():
         axes.plot(*([rows[n][m]["mean"] for n in names] for m in ("said", "image")), "o-", label=label)
-    for name in rows.keys() - on_curves:
-        x, y = (rows[name][m]["mean"] for m in ("said", "image"))
-        axes.plot([x], [y], "k.")
-        axes.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6)
+    for name, row in rows.items():
+        x, y = (row[m]["mean"] for m in ("said", "image"))
+        axes.plot([x], [y], "k." if name not in on_curves else "")
+        axes.annotate(name.rpartition(" @")[2], (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
+    axes.margins(x=0.3)
     axes.set(xlabel="attributes of the prompt that are right", ylabel="image score")
     axes.legend()
     FigureCanvasAgg(figure).print_png(content := io.BytesIO())

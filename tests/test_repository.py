@@ -28,9 +28,12 @@ def requirements() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+READMES = (ROOT / "README.md", ROOT / "examples" / "README.md")
+
+
 def readme_commands() -> list[str]:
-    """The shell commands of the README's code blocks, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The shell commands of both READMEs' code blocks, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", "".join(path.read_text() for path in READMES), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [command.strip() for line in lines for command in line.split("&&")]
 
@@ -74,7 +77,7 @@ def test_the_readmes_first_job_runs(monkeypatch, tmp_path, name):
     """The commands of "Try it", after the installation, in order and as they stand, and the lines that they print."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    make, job = (command for command in readme_commands() if name in command and "benchmark" not in command)
+    make, job = [command for command in readme_commands() if name in command][:2]
     program, *argv = shlex.split(make)[1:]
     subprocess.run([sys.executable, program, *argv], check=True)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -83,7 +86,7 @@ def test_the_readmes_first_job_runs(monkeypatch, tmp_path, name):
     AcceleratorState._reset_state(reset_partial_state=True)
     model = script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS))
     assert (model.args.output_dir / "learned_embeds.safetensors").is_file()
-    assert (model.args.output_dir / "validation-60.png").is_file()
+    assert (model.args.output_dir / "validation-125.png").is_file()
     exec(model.loading_snippet(torch.device("cpu"), torch.float32), {})
     assert Image.open("picture.png").size == (64, 64)
 
@@ -125,11 +128,12 @@ def test_every_example_command_of_the_readme_runs(command, small, judges, learne
 def test_the_readmes_options_exist():
     parsers = [script.make_parser(script.MODEL_CLASS) for script in SCRIPTS.values()]
     known = {spelling for parser in parsers for action in parser._actions for spelling in action.option_strings}
-    known |= {"--num_processes", "--script", "--subjects", "--concept"}  # accelerate's, train_many.py's, world.py's
+    known |= {"--num_processes", "--script", "--subjects"}  # accelerate's, train_many.py's
+    known |= {"--concept", "--place"}  # world.py's
     for name in {shlex.split(command)[1] for command in example_commands()}:
         parser = importlib.import_module(Path(name).stem).command_line()
         known |= {spelling for action in parser._actions for spelling in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--[a-z_]+", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"(?<![\w-])--[a-z_]+", "".join(path.read_text() for path in READMES)))
     assert named <= known, named - known
 
 
@@ -142,3 +146,23 @@ def test_the_readmes_loading_lines_are_the_printed_ones(name, dtype):
     code = [line for line in printed.strip().splitlines() if line and not line.startswith(("#", "pipe("))]
     readme = (ROOT / "README.md").read_text()
     assert [line for line in code if line not in readme] == []
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a page as GitHub makes links of them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = {ROOT / "README.md", *ROOT.glob("tests/*.md"), *ROOT.glob("examples/**/*.md")}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_within_the_project_leads_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", re.sub(r"``.*?``", "", text)):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors((file / "README.md" if file.is_dir() else file).read_text()), target

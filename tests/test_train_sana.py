@@ -70,7 +70,7 @@ def test_the_main_job_as_a_user_runs_it(launch, small, tmp_path):
     assert rows.dtype == torch.float32 and rows.norm().item() == pytest.approx(m_star, rel=1e-6)
     moved = script.angle(rows, start_row(small)).item()
     assert 0.2 < moved <= 12 * math.degrees(math.atan(5e-3)) + 1e-3
-    assert Image.open(out / "validation-12.png").size == (4 * 64, 64 + 16)
+    assert Image.open(out / "validation-12.png").size == (4 * 192, 192 + 16)
     assert Image.open(out / "training_curves.png").width > 500
 
     # The printed lines draw it.

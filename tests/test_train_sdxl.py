@@ -62,7 +62,7 @@ def test_the_main_job_as_a_user_runs_it(launch, small, tmp_path):
         start = matrix[script.CLIPTokenizer.from_pretrained(small / "sdxl" / "tokenizer")("teapot").input_ids[1:2]]
         moved = script.angle(rows, start).item()
         assert 0.2 < moved <= 12 * math.degrees(math.atan(5e-3)) + 1e-3
-    assert Image.open(out / "validation-12.png").size == (4 * 64, 64 + 16)
+    assert Image.open(out / "validation-12.png").size == (4 * 192, 192 + 16)
     assert Image.open(out / "training_curves.png").width > 500
     assert list((out / "logs").rglob("events.out.tfevents*"))
 
