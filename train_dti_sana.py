@@ -276,7 +276,7 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 # Copied from train_dti_sdxl.make_parser
 def make_parser(model_class: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description=f"Teach a {model_class.pipeline_class.__name__} a new word by Directional Textual Inversion (DTI).",
         usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -1355,7 +1355,9 @@ class Sana:
     """
 
     pipeline_class = SanaPipeline
-    other_scripts = {"StableDiffusionXLPipeline": "train_dti_sdxl.py"}  # for a user who has taken the wrong one
+    # For a user who has taken the wrong script.
+    other_scripts = {"StableDiffusionXLPipeline": "train_dti_sdxl.py"}
+    other_scripts |= {"StableDiffusionPipeline": "examples/train_dti_sd.py"}
     denoiser_name = "transformer"  # its folder, and its name in the pipeline
     denoiser_class = SanaTransformer2DModel
     vae_class = AutoencoderDC
@@ -2508,9 +2510,15 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         share(model, repository, derived, model.loading_snippet(device, dtype, repository))
 
 
-if __name__ == "__main__":
+# Copied from train_dti_sdxl.run
+def run(model_class: type) -> None:
+    """`main` as a program: a user's mistake is one line and status 1."""
     interruption.listen()
     try:
-        main()
+        main(model_class=model_class)
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+if __name__ == "__main__":
+    run(MODEL_CLASS)

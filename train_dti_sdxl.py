@@ -256,7 +256,7 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
 
 def make_parser(model_class: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description=f"Teach a {model_class.pipeline_class.__name__} a new word by Directional Textual Inversion (DTI).",
         usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -1275,7 +1275,9 @@ class StableDiffusionXL:
     """
 
     pipeline_class = StableDiffusionXLPipeline
-    other_scripts = {"SanaPipeline": "train_dti_sana.py"}  # for a user who has taken the wrong one
+    pipeline_options = {"add_watermarker": False}  # what it is made with, besides its parts
+    # For a user who has taken the wrong script.
+    other_scripts = {"SanaPipeline": "train_dti_sana.py", "StableDiffusionPipeline": "examples/train_dti_sd.py"}
     denoiser_name = "unet"  # its folder, and its name in the pipeline
     denoiser_class = UNet2DConditionModel
     vae_class = AutoencoderKL
@@ -1370,7 +1372,10 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
                 encoder.train()  # transformers checkpoints in training mode only; CLIP has no dropout
         if args.compile:
             self.denoiser.compile_repeated_blocks(fullgraph=True)
-        if args.pooling == "eos":
+        self.choose_pooling()
+
+    def choose_pooling(self) -> None:
+        if self.args.pooling == "eos":
             self.text_encoders[1].text_model.eos_token_id = self.tokenizers[1].eos_token_id
 
     @contextlib.contextmanager
@@ -1389,22 +1394,25 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
         """The prompt as the pipeline tokenizes it: the new word followed by the names of its further vectors."""
         return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:
         """The conditioning as the stock pipeline computes it: embeddings (B, 77, d1 + d2) and pooled ones (B, d2).
 
         A prompt that occurs several times is encoded once.
         """
         distinct = list(dict.fromkeys(prompts))
-        hidden = []
+        outputs = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             texts = [self.to_pipeline_prompt(prompt, tokenizer) for prompt in distinct]
             length = tokenizer.model_max_length
             inputs = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            output = encoder(to_device(inputs.input_ids, encoder.device), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
-        embeds, pooled = torch.cat(hidden, dim=-1), output[0]
-        index = to_device(torch.tensor([distinct.index(prompt) for prompt in prompts]), embeds.device)
-        return embeds[index], pooled[index]
+            outputs.append(encoder(to_device(inputs.input_ids, encoder.device), output_hidden_states=True))
+        index = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return tuple(x[to_device(index, x.device)] for x in self.conditioning(outputs))
+
+    @staticmethod
+    def conditioning(outputs: list) -> tuple[torch.Tensor, ...]:
+        """Both encoders' last layers but one, side by side, and the second one's pooled output."""
+        return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1][0]
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -1427,14 +1435,17 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
 
         if self.denoiser.training:
             seed_dropout(generators)
-        prompt_embeds, pooled = self.encode_prompts(batch["prompt"])
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
-        prediction = self.denoiser(noisy.to(pooled.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
-
+        prediction = self.predict(noisy, timesteps, batch)
         if scheduler.config.prediction_type == "v_prediction":
             noise = scheduler.get_velocity(latents, noise, timesteps)
         return F.mse_loss(prediction.float(), noise)
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict) -> torch.Tensor:
+        """The UNet's prediction (B, 4, R/8, R/8) for noisy latents with the batch's prompts, sizes and crops."""
+        prompt_embeds, pooled = self.encode_prompts(batch["prompt"])
+        added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
+        return self.denoiser(noisy.to(pooled.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
 
     @torch.no_grad()
     def sample_latents(self, prompt: str, seed: int) -> list[torch.Tensor]:
@@ -1447,9 +1458,8 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
         scheduler = DDIMScheduler.from_config(self.noise_scheduler.config, clip_sample=False, set_alpha_to_one=False)
         names = (*self.tokenizer_names, *self.text_encoder_names)
         parts = dict(zip(names, (*self.tokenizers, *self.text_encoders), strict=True))
-        pipeline = self.pipeline_class(
-            vae=self.vae, unet=self.denoiser, scheduler=scheduler, **parts, add_watermarker=False
-        )
+        parts |= {"vae": self.vae, self.denoiser_name: self.denoiser, "scheduler": scheduler}
+        pipeline = self.pipeline_class(**parts, **self.pipeline_options)
         pipeline.set_progress_bar_config(disable=True)
         latents = []
         for index in range(args.num_validation_images):
@@ -2370,9 +2380,14 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         share(model, repository, derived, model.loading_snippet(device, dtype, repository))
 
 
-if __name__ == "__main__":
+def run(model_class: type) -> None:
+    """`main` as a program: a user's mistake is one line and status 1."""
     interruption.listen()
     try:
-        main()
+        main(model_class=model_class)
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+if __name__ == "__main__":
+    run(MODEL_CLASS)

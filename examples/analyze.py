@@ -4,9 +4,9 @@
     python examples/analyze.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --embeddings out/my-dog out/my-dog-ti --words dog car --output_dir out/analysis
 
-`--embeddings` takes finished embeddings: folders or files in any format that examples/export.py reads. The model is SDXL or
-SANA; of others in diffusers' format, those with CLIP's text encoders do for --words. Only text encoders and tokenizers
-are loaded. With nothing to download:
+`--embeddings` takes finished embeddings: folders or files in any format that examples/export.py reads. The model is SDXL,
+SANA, or Stable Diffusion 1 or 2; of others in diffusers' format, those with CLIP's text encoders do for --words. Only text
+encoders and tokenizers are loaded. With nothing to download:
 
     python examples/make_small_sdxl.py --output_dir small
     python examples/analyze.py --pretrained_model_name_or_path small/sdxl --words dog teapot --output_dir out/analysis

@@ -7,8 +7,9 @@
 The input is a run's output folder or one file; of SDXL's pair either file will do, its partner beside it is found. Formats:
 
     diffusers  learned_embeds.safetensors, SDXL: and learned_embeds_2.safetensors, for `pipe.load_textual_inversion`
-    web        <token>.safetensors: SDXL clip_l and clip_g (ComfyUI, AUTOMATIC1111, Forge, InvokeAI); SANA gemma (OneTrainer)
-    a1111      <token>.pt: SDXL a pickled clip_l and clip_g; SANA the string_to_param of the web UI's older models
+    web        <token>.safetensors: SDXL clip_l and clip_g, Stable Diffusion 1 and 2 emb_params (ComfyUI, AUTOMATIC1111, Forge,
+               InvokeAI); SANA gemma (OneTrainer)
+    a1111      <token>.pt: SDXL a pickled clip_l and clip_g; the others string_to_param, as the web UI's older models have it
     bin        learned_embeds.bin, SDXL: and learned_embeds_2.bin, as old versions of diffusers wrote them
 
 All are read as well. Vectors are float32 and pass through every format to the bit; a safetensors file's metadata is kept.
@@ -33,15 +34,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 
-ENCODERS = {"sdxl": ("text_encoder", "text_encoder_2"), "sana": ("text_encoder",)}
-WEB_KEYS = {"sdxl": ("clip_l", "clip_g"), "sana": ("gemma",)}
-ARCHITECTURES = {"sdxl": "stable-diffusion-xl-v1-base", "sana": "sana"}
+NAMES = {"sdxl": "Stable Diffusion XL", "sana": "SANA", "sd": "Stable Diffusion 1 or 2"}
+ENCODERS = {"sdxl": ("text_encoder", "text_encoder_2"), "sana": ("text_encoder",), "sd": ("text_encoder",)}
+WEB_KEYS = {"sdxl": ("clip_l", "clip_g"), "sana": ("gemma",), "sd": ("emb_params",)}
+ARCHITECTURES = {"sdxl": "stable-diffusion-xl-v1-base", "sana": "sana", "sd": "stable-diffusion-v1"}
 FILES = ("learned_embeds", "learned_embeds_2")  # diffusers' names, in the order of ENCODERS
 FORMATS = ("diffusers", "web", "a1111", "bin")
 SUFFIXES = (".safetensors", ".pt", ".bin")
-# A single matrix of these widths is of another model, or half of a pair. SANA's is 2304 wide, small models' are narrow.
-FOREIGN_WIDTHS = {768: "Stable Diffusion 1's, or half of SDXL's pair", 1024: "Stable Diffusion 2's"}
-FOREIGN_WIDTHS |= {1280: "the second half of SDXL's pair"}
+SD_WIDTHS = (768, 1024)  # of Stable Diffusion 1 and 2; SANA's vectors have 2304 numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class Embedding:
 
     Attributes:
         token: the word in prompts, such as "<my-dog>".
-        vectors: (n, d) float32 by text encoder: SDXL "text_encoder" and "text_encoder_2", SANA "text_encoder" alone.
+        vectors: (n, d) float32 by text encoder: SDXL "text_encoder" and "text_encoder_2", the others "text_encoder" alone.
         metadata: what the safetensors file's header says, such as "dti.base_model".
     """
 
@@ -77,8 +77,11 @@ class Embedding:
 
     @property
     def family(self) -> str:
-        """ "sdxl" or "sana", by the text encoders: widths do not tell, for a small model's are narrower."""
-        return "sdxl" if "text_encoder_2" in self.vectors else "sana"
+        """ "sdxl", "sana" or "sd", by the text encoders, then by metadata and width: a small model's are narrower."""
+        if "text_encoder_2" in self.vectors:
+            return "sdxl"
+        said = self.metadata.get("modelspec.architecture", "").startswith("stable-diffusion-v")
+        return "sd" if said or self.vectors["text_encoder"].shape[-1] in SD_WIDTHS else "sana"
 
     def __len__(self) -> int:
         """The number of vectors."""
@@ -153,7 +156,7 @@ def parse_state(state: dict, metadata: dict[str, str], path: Path) -> tuple[str 
             return metadata.get("modelspec.trigger_phrase"), [state[key] for key in keys]
     if len(state) == 1 and isinstance(next(iter(state)), str):  # diffusers
         return next(iter(state)), list(state.values())
-    wanted = "clip_l and clip_g, gemma, string_to_param, or exactly one"
+    wanted = "clip_l and clip_g, gemma, emb_params, string_to_param, or exactly one"
     found = ", ".join(map(str, list(state)[:5])) + (", ..." if len(state) > 5 else "")
     raise EmbeddingError(f"{path} has the keys {found or 'of nothing'}: an embedding has {wanted}.")
 
@@ -219,15 +222,15 @@ def read_embedding(path: Path) -> Embedding:
         elif architecture.startswith(ARCHITECTURES["sdxl"]):
             raise EmbeddingError(f"{path} is half of a pair: put {pair[1].name} beside it.")
     rows = [as_rows(matrix, path) for matrix in matrices]
-    if len(rows) == 1 and rows[0].shape[-1] in FOREIGN_WIDTHS:
-        width = rows[0].shape[-1]
-        raise EmbeddingError(f"{path} has vectors of width {width}: {FOREIGN_WIDTHS[width]}, not SDXL's or SANA's.")
+    if len(rows) == 1 and rows[0].shape[-1] == 1280:
+        raise EmbeddingError(f"{path} has vectors of width 1280: the second half of SDXL's pair, without the first.")
     if len({len(matrix) for matrix in rows}) != 1:
         counts = " and ".join(str(len(matrix)) for matrix in rows)
         raise EmbeddingError(f"{path}: its text encoders have {counts} vectors, and need the same number.")
-    family = "sdxl" if len(rows) == 2 else "sana"
+    if WEB_KEYS["sd"][0] in state:
+        metadata.setdefault("modelspec.architecture", ARCHITECTURES["sd"])
     token = check_token(token if token else f"<{web_name(path.stem)}>", f"{path}: the token")
-    return Embedding(token, dict(zip(ENCODERS[family], rows, strict=True)), metadata)
+    return Embedding(token, dict(zip(("text_encoder", "text_encoder_2"), rows, strict=False)), metadata)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,10 +240,13 @@ def read_embedding(path: Path) -> Embedding:
 
 def header(embedding: Embedding) -> dict[str, str]:
     """The metadata of a safetensors file: what was read, and what model sites and `read_embedding` look for."""
+    architecture = ARCHITECTURES[embedding.family]
+    if embedding.family == "sd" and embedding.vectors["text_encoder"].shape[-1] == 1024:
+        architecture = "stable-diffusion-v2-512"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{ARCHITECTURES[embedding.family]}/textual-inversion",
+        "modelspec.architecture": f"{architecture}/textual-inversion",
         "modelspec.title": web_name(embedding.token),
         **embedding.metadata,
         "modelspec.trigger_phrase": embedding.token,
@@ -255,7 +261,7 @@ def states(embedding: Embedding, formats: Iterable[str]) -> dict[str, dict]:
     for form in formats:
         if form in ("diffusers", "bin"):
             suffix = ".safetensors" if form == "diffusers" else ".bin"
-            pairs = zip(FILES, rows, strict=False)  # SANA's has one file
+            pairs = zip(FILES, rows, strict=False)  # only SDXL's has two files
             files |= {f"{file}{suffix}": {embedding.token: matrix} for file, matrix in pairs}
         elif form == "web":
             files[f"{name}.safetensors"] = web
@@ -343,7 +349,7 @@ def write_embedding(
     folder = Path(folder)
     check_token(embedding.token, "the token")
     if tuple(embedding.vectors) not in ENCODERS.values():
-        raise EmbeddingError(f"{embedding.token} has vectors of {', '.join(embedding.vectors)}: not SDXL's or SANA's.")
+        raise EmbeddingError(f"{embedding.token} has vectors of {', '.join(embedding.vectors)}: not of a known model.")
     for matrix in embedding.vectors.values():
         as_rows(matrix, Path(embedding.token))
     files = {folder / name: state for name, state in states(embedding, formats).items()}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw pictures with learned tokens, of Stable Diffusion XL or SANA, several tokens in one prompt if you like.
+"""Draw pictures with learned tokens, several tokens in one prompt if you like. Takes SDXL, SANA and Stable Diffusion 1 and 2.
 
     python examples/generate.py out/my-dog --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --prompt "a photo of a {} on the beach" "a painting of a {} in the rain" --seeds 0 1 2 3 --output_dir pictures
@@ -12,8 +12,9 @@
 An embedding is a run's output folder, or a file in any format that export.py knows. Where the folder also has LoRA weights
 (pytorch_lora_weights.safetensors) they are loaded too. The model's model_index.json says which pipeline it is.
 
-Sampling is the paper's: SDXL 50 DDIM steps, SANA 20 Euler steps at the model's flow shift. SDXL's second text encoder
-pools at the end token, for as shipped it pools at the learned token and loses what follows; `--pooling stock` shows that.
+Sampling is the paper's: Stable Diffusion 50 DDIM steps, SANA 20 Euler steps at the model's flow shift. SDXL's second text
+encoder pools at the end token, for as shipped it pools at the learned token and loses what follows; `--pooling stock` shows
+that.
 
 Written to --output_dir: a PNG for each prompt and seed, with prompt, seed and settings in its text metadata, and all of them
 in `grid.png`. The same command again keeps the pictures that are there, so an interrupted one goes on. A picture's noise
@@ -44,10 +45,17 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.loaders import TextualInversionLoaderMixin
 from export import (
     ENCODERS,
+    NAMES,
     Embedding,
     EmbeddingError,
     UserError,
@@ -66,9 +74,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer
 
 
-STEPS = {"sdxl": 50, "sana": 20}  # the paper's
-GUIDANCE_SCALE = {"sdxl": 5.0, "sana": 4.5}  # the pipelines' own
-RESOLUTION_STEP = {"sdxl": 8, "sana": 32}  # pixels a latent position
+STEPS = {"sdxl": 50, "sana": 20, "sd": 50}  # the paper's
+GUIDANCE_SCALE = {"sdxl": 5.0, "sana": 4.5, "sd": 7.5}  # the pipelines' own
+RESOLUTION_STEP = {"sdxl": 8, "sana": 32, "sd": 8}  # pixels a latent position
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SOFTWARE = "Directional Textual Inversion, examples/generate.py"
 CELL = 384  # pixels of a picture's longer side in the contact sheet, at most
@@ -108,16 +116,20 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def pipeline_family(pipe) -> str:
-    return "sdxl" if hasattr(pipe, "text_encoder_2") else "sana"
+    return "sdxl" if hasattr(pipe, "text_encoder_2") else "sd" if hasattr(pipe, "unet") else "sana"
+
+
+def denoiser_of(pipe) -> torch.nn.Module:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def paper_scheduler(family: str, config: dict):
     """The paper's sampler, on the noise schedule or flow shift of the model's own."""
-    if family == "sdxl":
-        # DDIM's defaults clip the sample, which ruins latents.
-        return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
-    # SANA ships a DPM-Solver's configuration, which calls the same number another name.
-    return FlowMatchEulerDiscreteScheduler(shift=config.get("shift", config.get("flow_shift", 1.0)))
+    if family == "sana":
+        # SANA ships a DPM-Solver's configuration, which calls the same number another name.
+        return FlowMatchEulerDiscreteScheduler(shift=config.get("shift", config.get("flow_shift", 1.0)))
+    # DDIM's defaults clip the sample, which ruins latents.
+    return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
 
 
 def load_text_encoder(model: str, name: str, class_name: str, options: dict):
@@ -137,7 +149,7 @@ def load_pipeline(
     variant: str | None = None,
     scheduler: str = "paper",
 ):
-    """The StableDiffusionXLPipeline or SanaTextualInversionPipeline of a folder or Hub id, by its model_index.json.
+    """The pipeline of a folder or Hub id, by its model_index.json; for SANA a SanaTextualInversionPipeline.
 
     `scheduler` is "paper" (DDIM, flow-matching Euler) or "model" (what the model ships with). Raises UserError where the
     model is of another kind or its files are missing or damaged.
@@ -150,6 +162,9 @@ def load_pipeline(
         encoders = {name: load_text_encoder(model, name, index[name][1], options) for name in ENCODERS[family]}
         if family == "sdxl":
             pipe = StableDiffusionXLPipeline.from_pretrained(model, **encoders, **options, add_watermarker=False)
+        elif family == "sd":
+            options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipe = StableDiffusionPipeline.from_pretrained(model, **encoders, **options)
         else:
             pipe = SanaTextualInversionPipeline.from_pretrained(model, **encoders, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -159,7 +174,7 @@ def load_pipeline(
     if scheduler == "paper":
         pipe.scheduler = paper_scheduler(family, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    if family == "sdxl":  # convolutions are quicker so, also on a CPU (1.25 times as many pictures)
+    if family != "sana":  # convolutions are quicker so, also on a CPU (1.25 times as many pictures)
         pipe.unet.to(memory_format=torch.channels_last)
     return pipe.to(device)
 
@@ -199,13 +214,12 @@ def load_loras(pipe, files: list[Path]) -> None:
 
 def native_resolution(pipe) -> int:
     """The side in pixels of the square pictures that the model was made for."""
-    denoiser = pipe.unet if pipeline_family(pipe) == "sdxl" else pipe.transformer
-    return denoiser.config.sample_size * pipe.vae_scale_factor
+    return denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
 
 
 @contextlib.contextmanager
 def pooled_at(pipe, pooling: str):
-    """Within it SDXL's second encoder pools at the end token (`eos`), or as it was shipped (`stock`). SANA pools nothing."""
+    """Within it SDXL's second encoder pools at the end token (`eos`), or as it was shipped (`stock`). Others pool nothing."""
     if pipeline_family(pipe) != "sdxl" or pooling == "stock":
         yield
         return
@@ -232,12 +246,12 @@ def draw_noise(pipe, generators: list[torch.Generator], side: int) -> torch.Tens
     """Noise (B, C, side/s, side/s) on the pipeline's device, each picture's from its own generator.
 
     It is drawn in float32 on the CPU, as a stock pipeline in float32 draws it from the same generators, so that a seed
-    means the same on every device. SDXL's pipeline wants it in the UNet's precision, SANA's in float32 always.
+    means the same on every device. A UNet's pipeline wants it in the UNet's precision, SANA's in float32 always.
     """
-    denoiser = pipe.unet if pipeline_family(pipe) == "sdxl" else pipe.transformer
+    denoiser = denoiser_of(pipe)
     shape = (1, denoiser.config.in_channels, side // pipe.vae_scale_factor, side // pipe.vae_scale_factor)
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    return noise.to(pipe._execution_device, denoiser.dtype if pipeline_family(pipe) == "sdxl" else torch.float32)
+    return noise.to(pipe._execution_device, torch.float32 if pipeline_family(pipe) == "sana" else denoiser.dtype)
 
 
 def generate_pairs(
@@ -402,9 +416,9 @@ def contact_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_l
 
 
 def load_tokenizers(model: str, family: str, revision: str | None) -> list:
-    classes = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer} if family == "sdxl" else {}
-    classes = classes or {"tokenizer": AutoTokenizer}
-    return [cls.from_pretrained(model, subfolder=name, revision=revision) for name, cls in classes.items()]
+    cls = AutoTokenizer if family == "sana" else CLIPTokenizer
+    names = [name.replace("text_encoder", "tokenizer") for name in ENCODERS[family]]
+    return [cls.from_pretrained(model, subfolder=name, revision=revision) for name in names]
 
 
 def check_tokens(embeddings: list[Embedding], tokenizers: list, family: str) -> None:
@@ -449,7 +463,7 @@ def check_model_fits(
 
 def note_long_prompts(prompts: list[str], tokenizers: list, family: str) -> None:
     """Say which prompts are longer than the text encoders read: their end, maybe with a learned token, is cut off."""
-    tokenizer, limit = tokenizers[0], {"sdxl": 77, "sana": 300}[family]
+    tokenizer, limit = tokenizers[0], 300 if family == "sana" else 77
     for prompt in prompts:
         length = len(tokenizer(TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)).input_ids)
         if length > limit:
@@ -477,7 +491,7 @@ def find_loras(sources: list[Path], family: str) -> list[Path]:
     files = [source / LORA_FILE for source in sources if os.path.isfile(source / LORA_FILE)]
     if files and importlib.util.find_spec("peft") is None:
         raise UserError(f"{files[0]} needs `pip install peft`; or leave it out by --no_lora.")
-    part = {"sdxl": "unet.", "sana": "transformer."}[family]
+    part = "transformer." if family == "sana" else "unet."
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
@@ -510,8 +524,8 @@ def choose_device(args: argparse.Namespace) -> str:
 
 
 def choose_dtype(option: str, family: str, device: str) -> torch.dtype:
-    """float32 on a CPU; on a GPU fp16 for SDXL, and bf16 for SANA, whose text encoder overflows in fp16."""
-    automatic = "fp32" if device == "cpu" else {"sdxl": "fp16", "sana": "bf16"}[family]
+    """float32 on a CPU; on a GPU fp16, but bf16 for SANA, whose text encoder overflows in fp16."""
+    automatic = "fp32" if device == "cpu" else "bf16" if family == "sana" else "fp16"
     names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return names[automatic if option == "auto" else option]
 
@@ -541,7 +555,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, model_required: bool =
     """The options of models, prompts and sampling, which interpolate.py has too."""
     add = parser.add_argument
     # fmt: off
-    add("--pretrained_model_name_or_path", required=model_required, help="Folder or Hub id of the model, SDXL or SANA.")
+    add("--pretrained_model_name_or_path", required=model_required, help="Folder or Hub id of the model: SDXL, SANA, or Stable Diffusion 1 or 2.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--prompt", action="extend", nargs="+", default=[], help='Prompts, with "{}" for the learned token ("{0}", "{1}" ... for several).')
@@ -550,12 +564,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, model_required: bool =
     add("--seeds", type=number(int, 0), action="extend", nargs="+", default=None, help="Seeds, a picture of each prompt for each. Default: 0.")
     add("--batch_size", type=number(int, 1), default=1, help="Pictures that are drawn at once.")
     add("--resolution", type=number(int, 8), default=None, help="Side of the pictures in pixels. Default: the model's.")
-    add("--num_inference_steps", type=number(int, 1), default=None, help="Steps. Default, the paper's: SDXL 50, SANA 20.")
-    add("--guidance_scale", type=number(float, 0), default=None, help="Classifier-free guidance. Default: SDXL 5, SANA 4.5.")
-    add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (SDXL DDIM, SANA Euler), or the one that the model ships with.")
+    add("--num_inference_steps", type=number(int, 1), default=None, help="Steps. Default, the paper's: SANA 20, others 50.")
+    add("--guidance_scale", type=number(float, 0), default=None, help="Classifier-free guidance. Default: SDXL 5, SANA 4.5, Stable Diffusion 1 and 2 7.5.")
+    add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (DDIM, for SANA Euler), or the one that the model ships with.")
     add("--pooling", choices=["eos", "stock"], default="eos", help="Where SDXL's pooled text embedding is read: at the end token, or at the learned one as diffusers does.")
     add("--complex_human_instruction", choices=["none", "default"], default="none", help="SANA's instruction in front of every prompt: none, or SanaPipeline's own. As the token was trained.")
-    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision of the models. Default: float32 on a CPU; on a GPU fp16 for SDXL, bf16 for SANA.")
+    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision of the models. Default: float32 on a CPU; on a GPU fp16, for SANA bf16.")
     add("--device", default=None, help="Such as cuda:1 or cpu. Default: the GPU where there is one.")
     add("--enable_model_cpu_offload", action="store_true", help="Keep each model on the CPU until it is its turn: less GPU memory, a little slower.")
     add("--enable_sequential_cpu_offload", action="store_true", help="The same for each layer: least GPU memory, much slower.")
@@ -575,11 +589,11 @@ def settle_options(args: argparse.Namespace, family: str) -> None:
     if args.resolution is not None and args.resolution % step:
         fits = max(args.resolution // step, 1) * step
         raise UserError(f"--resolution {args.resolution} is not a multiple of {step}: try {fits}.")
-    if family == "sdxl" and args.complex_human_instruction != "none":
-        raise UserError("--complex_human_instruction is SANA's, and the model is Stable Diffusion XL: leave it out.")
-    if family == "sana" and args.pooling != "eos":
+    if family != "sana" and args.complex_human_instruction != "none":
+        raise UserError(f"--complex_human_instruction is SANA's, and the model is {NAMES[family]}: leave it out.")
+    if family != "sdxl" and args.pooling != "eos":
         raise UserError(
-            "--pooling is Stable Diffusion XL's, and the model is SANA, which pools nothing: leave it out."
+            f"--pooling is Stable Diffusion XL's, and the model is {NAMES[family]}, which pools nothing: leave it out."
         )
 
 

@@ -6,7 +6,7 @@
 writes `small/sdxl`, a folder that `StableDiffusionXLPipeline.from_pretrained` loads, and `small/photos`, five pictures of
 one subject. Every part is a stock class in SDXL's layout, with SDXL's quirks (the second encoder's `eos_token_id: 2`, its
 padding with "!", zeros for the empty prompt), only narrow and untrained: it shows that everything runs, not what is
-learned.
+learned. `--model sd` makes `small/sd` instead, a Stable Diffusion 1 for train_dti_sd.py.
 """
 
 import argparse
@@ -18,7 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -92,6 +99,45 @@ def make_text_encoder(width: int, vocabulary: int, cls: type, eos_token_id: int)
     return cls(config)
 
 
+def make_unet(cross_attention_dim: int, **options) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=cross_attention_dim,
+        **options,
+    )
+
+
+def make_autoencoder(scaling_factor: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=scaling_factor,
+    )
+
+
+def make_sd_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """Stable Diffusion 1 with random weights from `seed`, saved to `folder`."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(folder / "tokenizer", "<|endoftext|>")
+    text_encoder = make_text_encoder(TEXT_WIDTHS[0], len(tokenizer), CLIPTextModel, eos_token_id=2)
+    unet, vae = make_unet(TEXT_WIDTHS[0]), make_autoencoder(0.18215)
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = PNDMScheduler(**noise, skip_prk_steps=True, steps_offset=1)
+    no_checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, **no_checker)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
 def make_pipeline(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
     """Build the pipeline with random weights from `seed`, save it to `folder`, and return it."""
     torch.manual_seed(seed)
@@ -100,29 +146,15 @@ def make_pipeline(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
     # Both of SDXL's text encoders say 2 where the end token is meant; transformers then pools at the highest token id.
     text_encoder = make_text_encoder(TEXT_WIDTHS[0], vocabulary, CLIPTextModel, eos_token_id=2)
     text_encoder_2 = make_text_encoder(TEXT_WIDTHS[1], vocabulary, CLIPTextModelWithProjection, eos_token_id=2)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
+    unet = make_unet(
+        sum(TEXT_WIDTHS),
         use_linear_projection=True,
         transformer_layers_per_block=(1, 1),
-        cross_attention_dim=sum(TEXT_WIDTHS),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=TEXT_WIDTHS[1] + 6 * 8,  # pooled text and six size numbers
     )
-    vae = AutoencoderKL(
-        sample_size=64,
-        block_out_channels=(8, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=8,
-        scaling_factor=0.13025,
-    )
+    vae = make_autoencoder(0.13025)
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     pipeline = StableDiffusionXLPipeline(
         vae, text_encoder, text_encoder_2, *tokenizers, unet, scheduler, add_watermarker=False
@@ -151,12 +183,16 @@ def make_photographs(folder: Path, count: int = 5, seed: int = 0) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("small"), help="where `sdxl` and `photos` are written")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("small"), help="where the model and `photos` are written"
+    )
+    parser.add_argument("--model", choices=["sdxl", "sd"], default="sdxl", help="Stable Diffusion XL, or 1")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    make_pipeline(args.output_dir / "sdxl", args.seed)
+    make = {"sdxl": make_pipeline, "sd": make_sd_pipeline}[args.model]
+    make(args.output_dir / args.model, args.seed)
     make_photographs(args.output_dir / "photos", seed=args.seed)
-    print(f"wrote {args.output_dir / 'sdxl'} and {args.output_dir / 'photos'}")
+    print(f"wrote {args.output_dir / args.model} and {args.output_dir / 'photos'}")
 
 
 if __name__ == "__main__":

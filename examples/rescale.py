@@ -26,6 +26,7 @@ from diffusers import DiffusionPipeline
 from export import (
     ENCODERS,
     FORMATS,
+    NAMES,
     Embedding,
     EmbeddingError,
     UserError,
@@ -40,7 +41,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 
-FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "SanaPipeline": "sana"}
+FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "SanaPipeline": "sana", "StableDiffusionPipeline": "sd"}
 VOCABULARIES = ("token_embedding.weight", "embed_tokens.weight")  # CLIP's and Gemma's, with a prefix by version
 ROWS_AT_A_TIME = 8192
 
@@ -71,7 +72,7 @@ def model_index(model: str, revision: str | None = None) -> dict:
 
 
 def model_family(model: str, revision: str | None = None) -> str:
-    """ "sdxl" or "sana", by the class of the pipeline. Raises UserError for any other."""
+    """ "sdxl", "sana" or "sd", by the class of the pipeline. Raises UserError for any other."""
     name = model_index(model, revision)["_class_name"]
     if name not in FAMILIES:
         raise UserError(f"--pretrained_model_name_or_path {model} is a {name}: give one of {' or '.join(FAMILIES)}.")
@@ -207,9 +208,9 @@ def rescale(embedding: Embedding, magnitudes: dict[str, float]) -> Embedding:
 
 def check_fits(embedding: Embedding, widths: dict[str, int], source: Path | str, model: str) -> None:
     """Refuse an embedding of another family or other widths than the model's. Raises EmbeddingError."""
-    family = {1: "SANA", 2: "Stable Diffusion XL"}
     if set(embedding.vectors) != set(widths):
-        mine, models = family[len(embedding.vectors)], family[len(widths)]
+        mine = NAMES[embedding.family] + (", or half of SDXL's pair" if embedding.family == "sd" else "")
+        models = "model with one text encoder" if len(widths) == 1 else NAMES["sdxl"]
         raise EmbeddingError(f"{source} is an embedding for {mine}, and --pretrained_model_name_or_path a {models}.")
     found = {encoder: rows.shape[-1] for encoder, rows in embedding.vectors.items()}
     if found != widths:
@@ -229,7 +230,11 @@ def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("input", type=Path, nargs="?", help="A run's output folder, or an embedding's file in any format.")
-    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the model, SDXL or SANA.")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Folder or Hub id of the model: SDXL, SANA, or Stable Diffusion 1 or 2.",
+    )
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--magnitude", type=magnitude_rule, default="mean", metavar="{mean,min,NUMBER}", help="m*; paper: mean.")

@@ -155,7 +155,9 @@ def summarise(output_dir: Path, rank: int, world: int, rows: list[dict]) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--script", type=Path, required=True, help="train_dti_sdxl.py or train_dti_sana.py")
+    parser.add_argument(
+        "--script", type=Path, required=True, help="train_dti_sdxl.py, train_dti_sana.py or train_dti_sd.py"
+    )
     parser.add_argument("--subjects", type=Path, required=True, help="CSV or JSON file, a subject a row.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where each subject gets a folder.")
     args, common = parser.parse_known_args()

@@ -30,9 +30,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
-    """Folder with `sdxl` and `sana`, small random pipelines, and `photos`, five pictures of one subject."""
+    """Folder with `sdxl`, `sd` and `sana`, small random pipelines, and `photos`, five pictures of one subject."""
     folder = tmp_path_factory.mktemp("small")
     make_small_sdxl.make_pipeline(folder / "sdxl")
+    make_small_sdxl.make_sd_pipeline(folder / "sd")
     make_small_sana.make_pipeline(folder / "sana")
     make_small_sdxl.make_photographs(folder / "photos")
     return folder

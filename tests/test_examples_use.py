@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 import train_dti_sdxl
 
 
-FAMILIES = ("sdxl", "sana")
-WIDTHS = {"sdxl": {"text_encoder": 32, "text_encoder_2": 48}, "sana": {"text_encoder": 32}}  # the small pipelines'
+FAMILIES = ("sdxl", "sana", "sd")
+WIDTHS = {"sdxl": {"text_encoder": 32, "text_encoder_2": 48}}  # the small pipelines'
+WIDTHS |= {"sana": {"text_encoder": 32}, "sd": {"text_encoder": 32}}
 PROMPT = "a photo of {} on the grass"
 FAST = ["--num_inference_steps", "2", "--resolution", "64"]
 
@@ -35,7 +36,8 @@ def make(token: str, family: str = "sdxl", count: int = 2, norm: float = 0.4, se
     generator = torch.Generator().manual_seed(seed)
     rows = {name: torch.randn(count, width, generator=generator) for name, width in WIDTHS[family].items()}
     vectors = {name: norm * torch.nn.functional.normalize(x, dim=-1) for name, x in rows.items()}
-    return Embedding(token, vectors, {"dti.base_model": "small", "dti.steps": "500"})
+    metadata = {"modelspec.architecture": "stable-diffusion-v1/textual-inversion"} if family == "sd" else {}
+    return Embedding(token, vectors, {"dti.base_model": "small", "dti.steps": "500"} | metadata)
 
 
 def same(a: Embedding, b: Embedding) -> bool:
@@ -92,7 +94,8 @@ def pixels(path: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_way_through_all_formats_and_back_is_exact(tmp_path, family, count):
+def test_the_way_through_all_formats_and_back_is_exact(tmp_path, family, count, monkeypatch):
+    monkeypatch.setitem(WIDTHS, "sd", {"text_encoder": 1024})  # pickles have no metadata: the width says whose it is
     embedding = start = make("<my-dog>", family, count)
     for step, form in enumerate([*export.FORMATS, *reversed(export.FORMATS)]):
         paths = write_embedding(embedding, tmp_path / str(step), [form])
@@ -202,7 +205,7 @@ BAD_FILES = {
     "keys": ("x.safetensors", {"a": torch.ones(1, 8), "b": torch.ones(1, 8)}, "has the keys a, b"),
     "counts": ("x.safetensors", {"clip_l": torch.ones(1, 8), "clip_g": torch.ones(2, 8)}, "1 and 2 vectors"),
     "half": ("learned_embeds_2.safetensors", {"<x>": torch.ones(1, 1280)}, "half of a pair: put learned_embeds.saf"),
-    "width": ("learned_embeds.safetensors", {"<x>": torch.ones(1, 768)}, "width 768: Stable Diffusion 1's, or half"),
+    "width": ("x.safetensors", {"<x>": torch.ones(1, 1280)}, "width 1280: the second half of SDXL's pair"),
     "name": ("x.safetensors", {"a dog": torch.ones(1, 8)}, "'a dog' is not a word without spaces"),
 }
 
@@ -293,6 +296,7 @@ def test_rescaling_sets_the_norm_and_keeps_the_direction(call, small, tmp_path, 
         (["{dog}"], 1, "--output_dir is missing"),
         (["--output_dir", "x"], 1, "give an embedding to rescale"),
         (["{sana}", "--output_dir", "x"], 1, "is an embedding for SANA"),
+        (["{sd}", "--output_dir", "x"], 1, "is an embedding for Stable Diffusion 1 or 2, or half of SDXL's pair"),
         (["{wide}", "--output_dir", "x"], 1, "vectors of width 33 and 48, but the text encoders of"),
     ],
 )
@@ -301,7 +305,8 @@ def test_bad_rescaling_ends_in_one_line(call, small, dog, tmp_path, argv, status
     wide = make("<my-pot>")
     wide.vectors["text_encoder"] = torch.ones(2, 33)
     write_embedding(wide, tmp_path / "wide")
-    paths = {"dog": dog, "sana": tmp_path / "sana", "wide": tmp_path / "wide"}
+    write_embedding(make("<my-pot>", "sd"), tmp_path / "sd")
+    paths = {"dog": dog, "sana": tmp_path / "sana", "sd": tmp_path / "sd", "wide": tmp_path / "wide"}
     _, err, code = call(rescale, *(x.format(**paths) for x in argv), "--pretrained_model_name_or_path", small / "sdxl")
     assert code == status and message in err.splitlines()[-1] and "Traceback" not in err
 
@@ -384,7 +389,7 @@ def test_pooling_at_the_end_token_sees_what_follows_the_token(small):
 
 
 def test_the_papers_samplers(small):
-    sdxl, sana = (generate.load_pipeline(str(small / family)).scheduler for family in FAMILIES)
+    sdxl, sana = (generate.load_pipeline(str(small / family)).scheduler for family in ("sdxl", "sana"))
     assert type(sdxl).__name__ == "DDIMScheduler" and not sdxl.config.clip_sample and not sdxl.config.set_alpha_to_one
     assert sdxl.config.beta_schedule == "scaled_linear"  # the model's
     assert type(sana).__name__ == "FlowMatchEulerDiscreteScheduler" and sana.config.shift == 3.0
@@ -393,7 +398,7 @@ def test_the_papers_samplers(small):
     assert next(generate.generate(pipe, ["a dog"], [0], steps=2, guidance_scale=4.0, resolution=64))
 
 
-@pytest.mark.parametrize("family, words", [("sdxl", 77), ("sana", 300)])
+@pytest.mark.parametrize("family, words", [("sdxl", 77), ("sana", 300), ("sd", 77)])
 def test_a_prompt_that_is_too_long_is_told(call, small, tmp_path, no_weights, monkeypatch, family, words):
     write_embedding(make("<my-dog>", family), tmp_path / "dog")
     monkeypatch.setattr(generate, "draw_missing", lambda *args: sys.exit(7))
@@ -407,19 +412,18 @@ def test_lora_weights_beside_the_embedding_are_loaded(call, small, tmp_path, fam
     peft = pytest.importorskip("peft")
     write_embedding(make("<my-dog>", family), tmp_path / "dog")
     pipe = generate.load_pipeline(str(small / family))
-    denoiser = pipe.unet if family == "sdxl" else pipe.transformer
+    denoiser = generate.denoiser_of(pipe)
     config = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "init_lora_weights": False}
     denoiser.add_adapter(peft.LoraConfig(**config))
-    layers = {
-        ("unet" if family == "sdxl" else "transformer") + "_lora_layers": peft.get_peft_model_state_dict(denoiser)
-    }
+    name = "transformer" if family == "sana" else "unet"
+    layers = {f"{name}_lora_layers": peft.get_peft_model_state_dict(denoiser)}
     pipe.save_lora_weights(tmp_path / "dog", **layers)
     options = ["--pretrained_model_name_or_path", small / family, "--prompt", PROMPT, *FAST]
     assert call(generate, tmp_path / "dog", *options, "--output_dir", tmp_path / "lora")[2] == 0
     assert call(generate, tmp_path / "dog", *options, "--output_dir", tmp_path / "plain", "--no_lora")[2] == 0
     with_lora, plain = (pixels(pictures(tmp_path / x)[0]) for x in ("lora", "plain"))
     assert not torch.equal(with_lora, plain)
-    other = "sana" if family == "sdxl" else "sdxl"
+    other = "sdxl" if family == "sana" else "sana"
     with pytest.raises(export.UserError, match="of another model; leave it out by --no_lora"):
         generate.find_loras([tmp_path / "dog"], other)
 

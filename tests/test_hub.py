@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_dti_sd
 import yaml
 from conftest import ROOT
 from hub_server import HubServer
@@ -23,6 +24,7 @@ PROMPTS = ["a photo of {} on the grass", "{}: an oil painting"]
 EMBEDDINGS = {
     "sdxl": {"learned_embeds.safetensors", "learned_embeds_2.safetensors", "my-pot.safetensors"},
     "sana": {"learned_embeds.safetensors", "my-pot.safetensors", "pipeline.py"},
+    "sd": {"learned_embeds.safetensors", "my-pot.safetensors"},
 }
 OTHERS = {".gitattributes", "README.md", "training_curves.png", "training_options.json"}
 
@@ -65,7 +67,7 @@ def hub(small):
     with HubServer() as server:
         server.add_user("me", TOKEN)
         server.add_user("me", "hf_mayRead", role="read")
-        for family in ("sdxl", "sana"):
+        for family in ("sdxl", "sana", "sd"):
             server.add_repository(f"someone/small-{family}", small / family)
         yield server
     # The `hf` command asks for a list of coding agents, and does without.
@@ -107,10 +109,10 @@ def head(hub: HubServer, repo_id: str) -> dict:
     return yaml.safe_load(hub.repositories[repo_id].files["README.md"].decode().split("---\n")[1])
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sana"])
+@pytest.mark.parametrize("family", ["sdxl", "sana", "sd"])
 def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path, family):
-    # SDXL: a public repository and --hub_token; SANA: a private one, and logged in.
-    script = {"sdxl": train_dti_sdxl, "sana": train_dti_sana}[family]
+    # SDXL: a public repository and --hub_token; the others: a private one, and logged in.
+    script = {"sdxl": train_dti_sdxl, "sana": train_dti_sana, "sd": train_dti_sd}[family]
     lora = {"pytorch_lora_weights.safetensors"} if family == "sdxl" else set()  # one with LoRA, the other without
     flags = (
         ["--rank", "2", "--hub_token", TOKEN, "--license", "cc-by-4.0"] if family == "sdxl" else ["--hub_private_repo"]
@@ -118,7 +120,7 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     model = f"someone/small-{family}"
     out, repo_id = tmp_path / "my-pot", "me/my-pot"
     argv = job(*flags, pretrained_model_name_or_path=model, output_dir=out, save_steps=1, report_to="tensorboard")
-    environment = hub.environment(TOKEN if family == "sana" else None, tmp_path / "home")
+    environment = hub.environment(None if family == "sdxl" else TOKEN, tmp_path / "home")
     result = subprocess.run([sys.executable, script.__file__, *argv], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert f"Uploaded to {hub.url}/me/my-pot" in result.stdout
@@ -134,12 +136,12 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     uploaded = [body for _, _, body in hub.requests] + list(repository.files.values())
     assert not [data[:200] for data in uploaded for secret in secrets if secret in data]
     assert not [p for p in out.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
-    assert repository.private == (family == "sana")
+    assert repository.private == (family != "sdxl")
     for name in EMBEDDINGS[family] - {"pipeline.py"} | lora:
         assert repository.files[name] == (out / name).read_bytes()
 
     # The card.
-    kind = {"sdxl": "stable-diffusion-xl", "sana": "sana"}[family]
+    kind = {"sdxl": "stable-diffusion-xl", "sana": "sana", "sd": "stable-diffusion"}[family]
     common = ["text-to-image", "diffusers", "diffusers-training", "textual_inversion"]
     prompts = [prompt.replace("{}", "<my-pot>") for prompt in PROMPTS for _ in (0, 1)]
     assert head(hub, repo_id) == {
@@ -155,7 +157,7 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     assert "<Gallery />" in card and "Write `<my-pot>` where" in card and "| photographs | 5 |" in card
     assert "| lr scheduler | constant |" in card
     assert (f"{repo_id}/resolve/main/my-pot.safetensors" in card) and ("embedding:my-pot" in card) == (
-        family == "sdxl"
+        family != "sana"
     )
 
     # The card's lines load it and draw a picture, with no file but the Hub's.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_dti_sd
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from export import Embedding, write_embedding
@@ -21,6 +22,7 @@ import train_dti_sdxl
 
 
 SCRIPTS = {"train_dti_sdxl.py": train_dti_sdxl, "train_dti_sana.py": train_dti_sana}
+SCRIPTS["examples/train_dti_sd.py"] = train_dti_sd
 
 
 def requirements() -> list[str]:
@@ -39,7 +41,7 @@ def readme_commands() -> list[str]:
 
 
 def training_commands() -> list[str]:
-    return [command for command in readme_commands() if command.startswith("accelerate launch train_dti")]
+    return [command for command in readme_commands() if re.match(r"accelerate launch (examples/)?train_dti", command)]
 
 
 def example_commands() -> list[str]:
@@ -51,6 +53,15 @@ def arguments(command: str) -> tuple:
     """The script's module and its arguments, of an `accelerate launch` command."""
     _, _, name, *argv = shlex.split(command)
     return SCRIPTS[name], argv
+
+
+def functions_of(script):
+    """The training script itself, or the one that its model's class is an example for."""
+    return sys.modules[script.run.__module__]
+
+
+def model_of(script, argv: list[str]):
+    return script.MODEL_CLASS(functions_of(script).parse_args(argv, script.MODEL_CLASS))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -69,7 +80,7 @@ def test_the_front_page_names_the_command_of_the_readme(name):
 def test_every_training_command_of_the_readme_is_understood(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     script, argv = arguments(command)
-    script.check_options(script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS)))
+    functions_of(script).check_options(model_of(script, argv))
 
 
 @pytest.mark.parametrize("name", ["clown", "heart"])
@@ -84,7 +95,7 @@ def test_the_readmes_first_job_runs(monkeypatch, tmp_path, name):
     script, argv = arguments(job)
     script.main(argv)
     AcceleratorState._reset_state(reset_partial_state=True)
-    model = script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS))
+    model = model_of(script, argv)
     assert (model.args.output_dir / "learned_embeds.safetensors").is_file()
     assert (model.args.output_dir / "validation-125.png").is_file()
     exec(model.loading_snippet(torch.device("cpu"), torch.float32), {})
@@ -126,7 +137,7 @@ def test_every_example_command_of_the_readme_runs(command, small, judges, learne
 
 
 def test_the_readmes_options_exist():
-    parsers = [script.make_parser(script.MODEL_CLASS) for script in SCRIPTS.values()]
+    parsers = [functions_of(script).make_parser(script.MODEL_CLASS) for script in SCRIPTS.values()]
     known = {spelling for parser in parsers for action in parser._actions for spelling in action.option_strings}
     known |= {"--num_processes", "--script", "--subjects"}  # accelerate's, train_many.py's
     known |= {"--concept", "--place"}  # world.py's
@@ -140,8 +151,7 @@ def test_the_readmes_options_exist():
 @pytest.mark.parametrize("name, dtype", [("train_dti_sdxl.py", torch.float16), ("train_dti_sana.py", torch.bfloat16)])
 def test_the_readmes_loading_lines_are_the_printed_ones(name, dtype):
     script, argv = arguments(next(c for c in training_commands() if name in c and "photos/dog" in c))
-    model = script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS))
-    printed = model.loading_snippet(torch.device("cuda"), dtype)
+    printed = model_of(script, argv).loading_snippet(torch.device("cuda"), dtype)
     printed = printed.replace(f"{ROOT}/", "")  # of the pipeline's file
     code = [line for line in printed.strip().splitlines() if line and not line.startswith(("#", "pipe("))]
     readme = (ROOT / "README.md").read_text()
