@@ -12,6 +12,7 @@
 #     "datasets>=3.6.0",
 #     "huggingface_hub>=0.34.0",
 #     "safetensors>=0.5.3",
+#     "pyyaml>=6.0.2",
 #     "pillow>=10.4.0",
 #     "matplotlib>=3.9.0",
 #     "tensorboard>=2.18.0",
@@ -39,6 +40,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import difflib
 import functools
 import importlib.util
 import io
@@ -67,6 +69,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import (
@@ -97,6 +100,7 @@ from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection,
 
 check_min_version("0.35.0")
 logger = logging.getLogger("dti")
+TOML_READER = "tomllib" if sys.version_info >= (3, 11) else "tomli"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,6 +157,17 @@ def module_names(text: str) -> list[str]:
     return names
 
 
+def boolean(text: str) -> bool:
+    """The argparse type of options that are on or off."""
+    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "yes", "1")
+
+
+# `--name` alone is true; `--name false` overrules a file of options.
+SWITCH = {"nargs": "?", "const": True, "default": False, "type": boolean, "metavar": "{true,false}"}
+NEGATED = {"const": False, "default": True, "type": lambda text: not boolean(text)}
+
 METHOD_OPTIONS = ("learning_rate", "lr_scheduler", "kappa", "magnitude", "optimizer", "init")  # told with the result
 
 # fmt: off
@@ -162,7 +177,7 @@ def add_method_options(parser: argparse.ArgumentParser, presets: dict) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--preset", choices=presets, default=None, help="Steps, learning rate, schedule and magnitude together; each gives way to an option of its own. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
     add("--learning_rate", type=number(float, 0, above=True), default=None, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians. Default: the preset's.")
-    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation steps and processes, as the authors' launchers do. What is printed and saved is the product.")
+    add("--scale_lr", **SWITCH, help="Multiply --learning_rate by batch size, accumulation steps and processes, as the authors' launchers do. What is printed and saved is the product.")
     add("--kappa", type=number(float, 0), default=None, help="Concentration of the von Mises-Fisher prior towards the initializer; paper: 1e-4 (default), 5e-5 to 2e-4 works. No prior with --magnitude free.")
     add("--magnitude", type=magnitude_rule, default=None, metavar="{mean,2mean,min,free,NUMBER}", help="m*, the norm of the learned embedding: the mean of the vocabulary's, a multiple of it, its minimum, a number, or free (plain Textual Inversion). Paper: mean. Default: the preset's.")
     add("--optimizer", choices=["rsgd", "adamw"], default="rsgd", help="Riemannian SGD on the sphere, or AdamW (followed by a projection back to the sphere unless --magnitude free).")
@@ -187,7 +202,7 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=number(int, 0), default=0, help="Rank of the adapters on the denoiser; 0: none, the model stays as it is; the paper's Figure 8: 32.")
     add("--lora_alpha", type=number(float, 0, above=True), default=None, help="What the adapters add is multiplied by alpha / rank. Default: the rank.")
     add("--lora_dropout", type=number(float, 0), default=0.0, help="Probability of dropout in front of the adapters.")
-    add("--lora_target_modules", type=module_names, default="to_q,to_k,to_v,to_out.0", metavar="NAME,NAME", help="Layers that get an adapter: those whose names end so.")
+    add("--lora_target_modules", type=module_names, default=["to_q", "to_k", "to_v", "to_out.0"], metavar="NAME,NAME", help="Layers that get an adapter: those whose names end so.")
     add("--lora_learning_rate", type=number(float, 0, above=True), default=1e-4, help="AdamW's learning rate of the adapters; it follows --lr_scheduler too.")
     add("--lora_start_step", type=number(int, 0), default=0, help="Steps in which the new word alone is trained, before the adapters join in.")
 
@@ -202,9 +217,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--learnable_property", choices=["object", "style"], default="object", help="Which of the built-in prompt templates to train with where there are no captions.")
     add("--prompt_templates", type=Path, default=None, help="File of prompt templates, one a line, with {} for the new word, instead of the built-in ones.")
     add("--resolution", type=number(int, 8), default=1024, help="Side in pixels of the square training images: the shorter side is resized to it and the rest cropped.")
-    add("--center_crop", action="store_true", help="Crop the centre instead of a random part.")
-    add("--random_flip", action="store_true", help="Mirror half of the views. Not for subjects whose two sides differ.")
-    add("--no_cache_latents", dest="cache_latents", action="store_false", help="Decode and encode images at every step instead of once before training: any crop, but slower and more memory.")
+    add("--center_crop", **SWITCH, help="Crop the centre instead of a random part.")
+    add("--random_flip", **SWITCH, help="Mirror half of the views. Not for subjects whose two sides differ.")
+    add("--cache_latents", **SWITCH | {"default": True}, help="Encode the images once, before training.")
+    add("--no_cache_latents", dest="cache_latents", **SWITCH | NEGATED, help="Decode and encode images at every step instead: any crop, but slower and more memory.")
     add("--crops_per_image", type=number(int, 1), default=4, help="Views (random crops, flips) of each photograph that are encoded when latents are cached; equal ones count once.")
     add("--dataloader_num_workers", type=number(int, 0), default=0, help="Processes that load images when latents are not cached.")
 
@@ -216,13 +232,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--hub_token", default=None, help="Token for gated or private models and data sets and for --push_to_hub. Better: log in once with `hf auth login`.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). SANA overflows in fp16. The VAE encodes and the embedding is trained in float32 always.")
-    add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere and newer GPUs.")
-    add("--gradient_checkpointing", action="store_true", help="Recompute activations of the denoiser and the text encoders in the backward pass: less memory, slower.")
-    add("--compile", action="store_true", help="Compile the denoiser's repeated blocks with torch.compile.")
+    add("--allow_tf32", **SWITCH, help="Allow TF32 matrix products on Ampere and newer GPUs.")
+    add("--gradient_checkpointing", **SWITCH, help="Recompute activations of the denoiser and the text encoders in the backward pass: less memory, slower.")
+    add("--compile", **SWITCH, help="Compile the denoiser's repeated blocks with torch.compile.")
 
 
 def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
+    add("--config", type=Path, default=None, metavar="FILE", help="Options from a TOML, YAML or JSON file, or from the training_options.json of an earlier run. The command line wins.")
     add("--output_dir", type=Path, required=True, help="Where the results are written.")
     add("--seed", type=number(int, 0), default=None, help="Seed of everything that is drawn. Default: a fresh one, which is printed.")
     add("--max_train_steps", type=number(int, 1), default=None, help="Optimization steps. Default: the preset's.")
@@ -245,20 +262,21 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sharing_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sharing").add_argument
-    add("--push_to_hub", action="store_true", help="At the end upload the embedding, a model card and the last validation images to the Hub: kilobytes; no photographs and no model.")
+    add("--push_to_hub", **SWITCH, help="At the end upload the embedding, a model card and the last validation images to the Hub: kilobytes; no photographs and no model.")
     add("--hub_model_id", default=None, help="Repository to upload to, such as my-name/my-dog. Default: the name of --output_dir, in the account of the token.")
-    add("--hub_private_repo", action="store_true", help="Make the repository a private one.")
+    add("--hub_private_repo", **SWITCH, help="Make the repository a private one.")
     add("--license", default=None, help="License that the model card states, by the Hub's identifier, such as cc-by-4.0. Default: none is stated.")
 
 
 # fmt: on
 
 
-def make_parser(model_class: type) -> argparse.ArgumentParser:
+def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=f"Teach a {model_class.pipeline_class.__name__} a new word by Directional Textual Inversion (DTI).",
         usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
         allow_abbrev=False,
+        add_help=add_help,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_method_options(parser, model_class.presets)
@@ -272,15 +290,107 @@ def make_parser(model_class: type) -> argparse.ArgumentParser:
     return parser
 
 
+def unique_names(pairs: list[tuple]) -> dict:
+    """The pairs as a dictionary. Raises ValueError for a name that occurs twice: which one is meant?"""
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def yaml_values(node: yaml.Node | None):
+    """What a YAML node holds, with every scalar as it is written: YAML itself would make False of the word `no`."""
+    if isinstance(node, yaml.MappingNode):
+        return unique_names([(str(yaml_values(key)), yaml_values(value)) for key, value in node.value])
+    if isinstance(node, yaml.SequenceNode):
+        return [yaml_values(item) for item in node.value]
+    return None if node is None or (node.style is None and node.value in ("", "~", "null")) else node.value
+
+
+def read_config(path: Path) -> list[tuple]:
+    """Names and values of a file of options, its sections' included, or of training_options.json. Raises UserError."""
+    option, kind = f"--config {path}", path.suffix.lower()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if kind == ".toml":
+            table = importlib.import_module(TOML_READER).loads(text)
+        elif kind in (".yaml", ".yml"):
+            table = yaml_values(yaml.compose(text, Loader=yaml.BaseLoader)) or {}
+        elif kind == ".json":
+            table = json.loads(text, object_pairs_hook=unique_names)
+        else:
+            raise UserError(f"{option} must end in .toml, .yaml, .yml or .json.")
+        if isinstance(table, dict) and table.keys() == {"options", "derived", "versions"}:
+            table = table["options"]
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds a {type(table).__name__}")
+        sections = (value.items() if isinstance(value, dict) else [(name, value)] for name, value in table.items())
+        return list(itertools.chain.from_iterable(sections))
+    except ModuleNotFoundError:
+        raise UserError(f"{option}: TOML needs Python 3.11 or `pip install tomli`. YAML and JSON do not.") from None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())  # PyYAML's has several lines
+        raise UserError(f"{option} cannot be read as a table of options: {reason}") from None
+
+
+def config_arguments(path: Path, overruled: set[str], model_class: type) -> list[str]:
+    """The command line that a file of options stands for, without the options that are `overruled`. Raises UserError."""
+    actions = [action for action in make_parser(model_class, add_help=False)._actions if action.dest != "config"]
+    known = {spelling.removeprefix("--"): action for action in actions for spelling in action.option_strings}
+    arguments, seen = [], {}
+    for name, value in read_config(path):
+        key = name.lstrip("-").replace("-", "_")
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise UserError(f"--config {path}: there is no option {name!r}. The nearest is {nearest!r}.")
+        action = known[key]
+        if action.dest in seen:
+            raise UserError(f"--config {path}: {seen[action.dest]!r} and {name!r} are the same option.")
+        seen[action.dest] = name
+        if value is None or action.dest in overruled:
+            continue
+        values = value if isinstance(value, list) and action.default == [] else [value]
+        if isinstance(value, list) and action.type is module_names:
+            values = [",".join(map(str, value))]
+        for item in values:
+            if isinstance(item, (list, dict)):
+                raise UserError(f"--config {path}: {name!r} takes one value, not a list or a table.")
+            arguments.append(f"--{key}={item}")
+    return arguments
+
+
+def parse_given(argv: list[str], model_class: type, prog: str | None = None) -> argparse.Namespace:
+    """Only what `argv` gives, without defaults. `prog` begins the error messages."""
+    parser = make_parser(model_class, add_help=False)
+    parser.prog = prog or parser.prog
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return parser.parse_known_args(argv)[0]
+
+
 def parse_args(argv: list[str] | None, model_class: type) -> argparse.Namespace:
-    args = make_parser(model_class).parse_args(argv)
+    """The options of the command line, then of --config, then of the preset, then the defaults. Raises UserError."""
+    parser = make_parser(model_class)
+    argv = sys.argv[1:] if argv is None else argv
+    given = vars(parse_given(argv, model_class))
+    if "config" in given:
+        of_presets = {
+            name for preset in model_class.presets.values() for options in preset.values() for name in options
+        }
+        overruled = {*given, *(of_presets if "preset" in given else ())}
+        from_file = config_arguments(given["config"], overruled, model_class)
+        parse_given(from_file, model_class, prog=f"{parser.prog}: --config {given['config']}")
+        argv = [*from_file, *argv]
+    args = parser.parse_args(argv)
+    del args.config  # from here on nothing depends on where an option was given
     args.preset = args.preset or ("default" if args.optimizer == "rsgd" else "paper")
     for name, value in model_class.presets[args.preset].get(args.optimizer, {}).items():
         if getattr(args, name) is None and not (args.scale_lr and name == "learning_rate"):
             setattr(args, name, value)
     if args.kappa is None:
         args.kappa = 0.0 if args.magnitude == "free" else 1e-4
-    if args.lora_alpha is None:
+    if args.rank and args.lora_alpha is None:
         args.lora_alpha = float(args.rank)
     return args
 
@@ -1590,8 +1700,9 @@ def save_result(model, step: int, suffix: str = "") -> None:
 
 
 def save_options(args: argparse.Namespace, derived: dict) -> None:
-    """Write all options, and what was computed from them, to training_options.json: enough to repeat the run."""
+    """Write all options, and what was computed from them, to training_options.json: as --config it repeats the run."""
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "hub_token"}
+    options["seed"] = derived["seed"]  # without --seed a fresh one has been drawn
     libraries = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate)}
     text = json.dumps({"options": options, "derived": derived, "versions": libraries}, indent=2)
     write_file(args.output_dir / "training_options.json", f"{text}\n".encode())

@@ -12,6 +12,7 @@
 #     "datasets>=3.6.0",
 #     "huggingface_hub>=0.34.0",
 #     "safetensors>=0.5.3",
+#     "pyyaml>=6.0.2",
 #     "pillow>=10.4.0",
 #     "matplotlib>=3.9.0",
 #     "tensorboard>=2.18.0",

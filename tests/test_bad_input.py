@@ -79,6 +79,8 @@ def bad(small, tmp_path, monkeypatch):
             target.write_text("")
         elif name == "templates":
             target.write_text("a photo of it\n")
+        elif name in CONFIGS:
+            target.write_text(CONFIGS[name])
         elif name in EMBEDDINGS:
             save_file(EMBEDDINGS[name], target)
         elif name in ("sana", "inpaint", "predicts_sample", "no_encoder"):
@@ -98,7 +100,7 @@ def bad(small, tmp_path, monkeypatch):
             save_file({"parameter.0": torch.ones(1, 32)}, target / "state.safetensors")
             identity = {"model": "sdxl", "vectors": 1, "magnitude": "mean", "optimizer": "rsgd", "init": "token"}
             identity |= {"kappa": 1e-4, "reg_weight": 0.0, "seed": 0, "placeholder_token": "<her-pot>"}
-            identity |= {"rank": 0, "lora_alpha": 0.0, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+            identity |= {"rank": 0, "lora_alpha": None, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
             (target / "state.json").write_text(json.dumps({"step": 6, "written": 1, "identity": identity}))
         return target
 
@@ -133,6 +135,17 @@ EMBEDDINGS = {
     "nan": {"clip_l": torch.ones(1, 32), "clip_g": torch.full((1, 48), float("nan"))},
     "integers": {"clip_l": torch.ones(1, 32, dtype=torch.int64), "clip_g": torch.ones(1, 48)},
     "other_keys": {"a": torch.ones(1, 32), "b": torch.ones(1, 48)},
+}
+
+CONFIGS = {
+    "unknown.toml": "learningrate = 0.1\n",
+    "list.toml": "kappa = [0, 1]\n",
+    "sections.toml": "[method]\nkappa = 0\n[rest]\nkappa = 1\n",
+    "negative.toml": "kappa = -1\n",
+    "two_spellings.yaml": "instance_data_dir: a\ntrain_data_dir: b\n",
+    "twice.json": '{"kappa": 0, "kappa": 1}',
+    "words.yaml": "just words\n",
+    "options.txt": "--kappa 0\n",
 }
 
 # What is changed in the small job (a value beginning with @ names one of the paths above), and what the message says.
@@ -242,6 +255,16 @@ CASES = [
         {"resume_from_checkpoint": "@checkpoint-6"},
         "checkpoint-6 is of another run: placeholder_token '<her-pot>', not",
     ),
+    ({"config": "@none.toml"}, "--config .*none.toml cannot be read as a table of options"),
+    ({"config": "@words.yaml"}, "--config .*words.yaml cannot be read as a table of options"),
+    ({"config": "@twice.json"}, "--config .*twice.json cannot be read as a table of options: 'kappa' is there twice"),
+    ({"config": "@options.txt"}, "--config .*options.txt must end in .toml, .yaml, .yml or .json"),
+    ({"config": "@unknown.toml"}, "there is no option 'learningrate'. The nearest is 'learning_rate'"),
+    ({"config": "@two_spellings.yaml"}, "'instance_data_dir' and 'train_data_dir' are the same option"),
+    ({"config": "@sections.toml"}, "'kappa' and 'kappa' are the same option"),
+    ({"config": "@list.toml"}, "'kappa' takes one value, not a list or a table"),
+    ({"config": "@negative.toml"}, "argument --kappa: '-1' is not a number of at least 0"),
+    ({"center_crop": "maybe"}, "--center_crop: 'maybe' is not true or false"),
     ({"hub_model_id": "me/my-pot"}, "--hub_model_id says how to push and --push_to_hub is not given"),
     ({"instance_data_dir": None, "dataset_name": "@image_missing"}, "A row of the data set has no image"),
     ({"instance_data_dir": None, "dataset_name": "@empty_set"}, "--dataset_name .*empty_set cannot be loaded"),
@@ -264,6 +287,7 @@ ALL = [(script, *case) for case in CASES] + [(train_dti_sana, *case) for case in
 FOREIGN = [
     r"(?<=is not complete: ).*",
     r"(?<=cannot be loaded: ).*",
+    r"(?<=as a table of options: ).*",
     r"(?<=cannot be read as safetensors: ).*",
     r"(?<=as rows of file_name and text: ).*",
     r"(?<= cannot be read: ).*",
@@ -284,6 +308,7 @@ ELSEWHERE = [
     " exists and is public. Make it private in its settings, or give another --hub_model_id.",
     ": the Hub does not accept the model card: ",
     ". Nothing is lost, all files are in ",
+    ": TOML needs Python 3.11 or `pip install tomli`. YAML and JSON do not.",
     ", which is not there: take it from where this script is from.",
 ]
 

@@ -134,6 +134,9 @@ def test_options(module, examples, tmp_path, monkeypatch):
             usage, _, rest = printed.getvalue().partition("\n")
             assert usage.startswith("usage: ") and rest.startswith(f"{name}: error: ")
             return
+        except module.UserError as error:  # --config
+            assert str(error) and str(error).isprintable()
+            return
         with in_time():
             try:
                 module.check_options(module.MODEL_CLASS(args))
@@ -162,6 +165,30 @@ def test_model_folders(examples, tmp_path):
         name = index.parent if name is None else tmp_path / f"no{name.replace('/', '_')}"
         argv = ["--pretrained_model_name_or_path", str(name), "--placeholder_token=<x>", "--output_dir=out"]
         assert message(script.check_model, script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS)))
+
+    check()
+
+
+@short_and_long(200, 20000)
+@pytest.mark.parametrize("kind", ["toml", "yaml", "json"])
+def test_files_of_options(kind, examples, tmp_path):
+    path = tmp_path / f"options.{kind}"
+    names = st.sampled_from(
+        [a.option_strings[0] for a in script.make_parser(script.MODEL_CLASS)._actions] + ["x", "options", ""]
+    )
+    tables = st.dictionaries(names, json_values, max_size=3)
+
+    @passes(examples)
+    @given(data=st.one_of(st.binary(max_size=60), json_values.map(as_bytes), tables.map(as_bytes)))
+    @example(b"a: &a [*a]")
+    @example(b"[" * 100_000)
+    @example(b"kappa = 2020-01-01")
+    @example(b"<<: {kappa: 1}")
+    @example(b"? [a, {b: c}]\n: d")
+    def check(data):
+        path.write_bytes(data)
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            message(script.parse_args, [f"--config={path}"], script.MODEL_CLASS)
 
     check()
 
