@@ -104,7 +104,7 @@ class StableDiffusion(StableDiffusionXL):
         args = self.args
         model = json.dumps(model_name(args) if repository else args.pretrained_model_name_or_path)
         folder = json.dumps(repository or str(args.output_dir))
-        prompt = json.dumps(f"a photo of {args.placeholder_token}", ensure_ascii=False)
+        prompt = json.dumps(f"a photo of a {args.placeholder_token}", ensure_ascii=False)
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
         return f"""
 import torch
