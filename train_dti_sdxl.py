@@ -253,7 +253,9 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpoints_total_limit", type=number(int, 1), default=None, help="Checkpoints to keep; older ones are removed. Default: all.")
     add("--resume_from_checkpoint", default=None, help="Go on from a checkpoint: `latest` of --output_dir, or a checkpoint's folder.")
     add("--validation_prompt", action="append", default=[], help="Prompt with {} or the new word, sampled during training. May be given several times.")
-    add("--validation_steps", type=number(int, 1), default=100, help="Steps between validations; there is always one at the end.")
+    add("--validation_steps", type=number(int, 1), default=100, help="Steps between validations, all with the same seeds; there is always one at the end.")
+    add("--validate_first", **SWITCH, help="Validate before the first step too: what the model makes of the initializer.")
+    add("--validation_negative_prompt", default=None, help="What validation images shall not show.")
     add("--num_validation_images", type=number(int, 1), default=4, help="Images of each validation prompt.")
     add("--logging_steps", type=number(int, 1), default=10, help="Steps between log entries. Only then are values read from the device.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, within --output_dir.")
@@ -1558,7 +1560,7 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
         return self.denoiser(noisy.to(pooled.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
 
     @torch.no_grad()
-    def sample_latents(self, prompt: str, seed: int) -> list[torch.Tensor]:
+    def sample_latents(self, prompt: str, negative_prompt: str | None, seed: int) -> list[torch.Tensor]:
         """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only.
 
         Returns --num_validation_images latents (1, 4, R/8, R/8), not decoded: the VAE is in float32 whatever the UNet
@@ -1580,6 +1582,7 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
                     width=args.resolution,
                     num_inference_steps=args.validation_inference_steps,
                     guidance_scale=args.validation_guidance_scale,
+                    negative_prompt=negative_prompt,
                     generator=torch.Generator(self.denoiser.device).manual_seed(seed + index),
                     output_type="latent",
                 )
@@ -2058,7 +2061,10 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> None:
     model.vae.to(accelerator.device)
     prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
     model.denoiser.eval()
-    latents = [model.sample_latents(prompt, seed) for prompt in prompts]
+    negative = args.validation_negative_prompt and args.validation_negative_prompt.replace(
+        "{}", args.placeholder_token
+    )
+    latents = [model.sample_latents(prompt, negative, seed) for prompt in prompts]
     model.denoiser.train(dropout)
     with room_for_vae(model):
         rows = [[decode_latents(model.vae, x) for x in row] for row in latents]
@@ -2450,6 +2456,8 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     progress = tqdm(
         steps, "Steps", disable=not accelerator.is_main_process, initial=first_step - 1, total=args.max_train_steps
     )
+    if accelerator.is_main_process and args.validate_first and checkpoint is None:
+        validate(model, accelerator, seed, step=0)
     interruption.in_loop = True
     for step in progress:
         for _ in range(args.gradient_accumulation_steps):

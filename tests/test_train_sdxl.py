@@ -295,7 +295,7 @@ def test_a_seed_of_its_own_is_noted_and_repeats_the_run(train, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--validation_prompt {} --validation_steps 1 --num_validation_images 1",
+        "--validation_prompt {} --validation_steps 1 --num_validation_images 1 --validate_first",
         "--save_steps 1 --logging_steps 1 --report_to tensorboard",
     ],
 )
@@ -436,22 +436,63 @@ def test_v_prediction_has_the_velocity_for_target(loaded, monkeypatch):
     torch.testing.assert_close(seen["target"], alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
 
 
-def test_validation_draws_what_a_stock_pipeline_draws(train, small, tmp_path):
+@pytest.mark.parametrize("negative, drawn_without", [(None, None), ("", ""), ("a {}, blurred", "a <my-pot>, blurred")])
+def test_validation_draws_what_a_stock_pipeline_draws(train, small, negative, drawn_without):
     """The grid's first picture is a stock pipeline's: DDIM as the paper samples, pooled at the end token, same seed."""
-    out = train(validation_prompt="a photo of {} on grass", num_validation_images=1, validation_inference_steps=5)
+    few = {"num_validation_images": 1, "validation_inference_steps": 5, "max_train_steps": 2}
+    out = train(validation_prompt="a photo of {} on grass", validation_negative_prompt=negative, **few)
     pipe = stock_pipeline(small, out)
     pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     image = pipe(
         "a photo of <my-pot> on grass",
+        negative_prompt=drawn_without,
         height=64,
         width=64,
         num_inference_steps=5,
         guidance_scale=5.0,
         generator=torch.Generator().manual_seed(0),
     ).images[0]
-    grid = np.asarray(Image.open(out / "validation-4.png")).astype(int)
-    assert np.abs(grid[-64:, :64] - np.asarray(image).astype(int)).max() <= 1
+    grid = np.asarray(Image.open(out / "validation-2.png")).astype(int)
+    assert np.abs(grid[-192::3, :192:3] - np.asarray(image).astype(int)).max() <= 1
+
+
+def test_validation_starts_at_step_0_when_asked_and_keeps_its_seeds(train, monkeypatch, tmp_path):
+    """Every sheet is drawn from the same noise, so that sheets of different steps and prompts compare."""
+    drawn = []
+    call = StableDiffusionXLPipeline.__call__
+
+    def watched(self, **options):
+        drawn.append((options["prompt"], options["generator"].initial_seed(), options["negative_prompt"]))
+        return call(self, **options)
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", watched)
+    few = {"num_validation_images": 2, "validation_inference_steps": 1, "max_train_steps": 2, "validation_steps": 1}
+    prompts = ["--validation_prompt", "a {}", "--validation_prompt", "my {}"]
+    out = train(*prompts, "--validate_first", **few, seed=7)
+    assert [step for step in range(3) if (out / f"validation-{step}.png").is_file()] == [0, 1, 2]
+    assert (
+        drawn
+        == [("a <my-pot>", 7, None), ("a <my-pot>", 8, None), ("my <my-pot>", 7, None), ("my <my-pot>", 8, None)] * 3
+    )
+    drawn.clear()
+    train(*prompts, **few, output_dir=tmp_path / "without")
+    assert not (tmp_path / "without" / "validation-0.png").exists() and len(drawn) == 8
+
+
+def test_step_0_shows_the_initializer(train, small):
+    """Before a step the new word is the class word at the vocabulary's mean norm: its picture is one of the class."""
+    out = train("--validate_first", "--validation_prompt", "a {}", num_validation_images=1, magnitude=5)
+    pipe = stock_pipeline(small)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        with torch.no_grad():
+            row = encoder.get_input_embeddings().weight[pipe.tokenizer("teapot").input_ids[1]]
+            row.mul_(5 / row.norm())
+    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    image = pipe("a teapot", height=64, width=64, num_inference_steps=25, generator=torch.Generator().manual_seed(0))
+    grid = np.asarray(Image.open(out / "validation-0.png")).astype(int)
+    assert np.abs(grid[-192::3, ::3] - np.asarray(image.images[0]).astype(int)).max() <= 1
 
 
 def test_two_transformers_generations_name_weights_differently(small, options, tmp_path, monkeypatch):
