@@ -49,6 +49,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import re
 import secrets
 import shlex
@@ -57,6 +58,7 @@ import signal
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,6 +159,14 @@ def module_names(text: str) -> list[str]:
     return names
 
 
+def extension(text: str) -> str:
+    """The argparse type of --caption_extension: .txt, also where the dot is left out."""
+    name = text.removeprefix(".")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the ending of a file's name, such as .txt")
+    return f".{name}"
+
+
 def boolean(text: str) -> bool:
     """The argparse type of options that are on or off."""
     if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
@@ -209,11 +219,13 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", "--train_data_dir", type=Path, default=None, help="Folder of photographs (subfolders are not read), optionally with captions in metadata.jsonl or metadata.csv.")
+    add("--instance_data_dir", "--train_data_dir", type=Path, default=None, help="Folder of photographs (subfolders are not read), optionally with captions: a .txt or .caption file for each, or metadata.jsonl, .csv or .parquet.")
     add("--dataset_name", default=None, help="Instead of a folder, a data set on the Hub or a local one that `datasets.load_dataset` reads; its split `train` is used.")
     add("--dataset_config_name", default=None, help="Configuration of the data set.")
     add("--image_column", default="image", help="Column of --dataset_name that holds the images.")
     add("--caption_column", default=None, help="Column that holds the captions. Default: `text` of a folder's metadata file; no captions for --dataset_name.")
+    add("--caption_extension", type=extension, default=None, help="Ending of the files with captions, each named as its photograph. Default: .txt or else .caption, where there is no metadata file.")
+    add("--no_captions", **SWITCH, help="Train with the prompt templates though there are captions.")
     add("--learnable_property", choices=["object", "style"], default="object", help="Which of the built-in prompt templates to train with where there are no captions.")
     add("--prompt_templates", type=Path, default=None, help="File of prompt templates, one a line, with {} for the new word, instead of the built-in ones.")
     add("--resolution", type=number(int, 8), default=1024, help="Side in pixels of the square training images: the shorter side is resized to it and the rest cropped.")
@@ -424,8 +436,7 @@ def check_options(model) -> None:
             f"--lora_start_step {args.lora_start_step} leaves no step for the adapters: it must be below"
             f" --max_train_steps {args.max_train_steps}."
         )
-    if (args.instance_data_dir is None) == (args.dataset_name is None):
-        raise UserError("Give either --instance_data_dir or --dataset_name.")
+    check_data_options(args)
     if args.initializer_token is None and args.init_embedding is None:
         raise UserError("Give --initializer_token (the class word, such as dog) or --init_embedding.")
     if args.initializer_token is None and args.init == "contextual":
@@ -446,6 +457,18 @@ def check_options(model) -> None:
             raise UserError(f"--validation_prompt {prompt!r} has neither {{}} nor {args.placeholder_token!r} in it.")
     check_apart(args.output_dir, args.instance_data_dir or Path(args.dataset_name))
     check_output_dir(args.output_dir)
+
+
+def check_data_options(args: argparse.Namespace) -> None:
+    """Refuse options on photographs and prompts that contradict one another. Raises UserError."""
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        raise UserError("Give either --instance_data_dir or --dataset_name.")
+    given = [name for name in ("caption_column", "caption_extension", "prompt_templates") if getattr(args, name)]
+    given += ["no_captions"] if args.no_captions and not args.prompt_templates else []
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} both say what the prompts are: leave one out.")
+    if args.caption_extension and args.dataset_name:
+        raise UserError("--caption_extension is for --instance_data_dir: of a data set, give the --caption_column.")
 
 
 def check_apart(output_dir: Path, photographs: Path) -> None:
@@ -926,6 +949,9 @@ ADDED_FORMATS = {
     "HEIF": (rb"....ftyp(he[iv][cmsx]|m[is]f1)", ".heic", "pillow-heif"),
     "JPEG XL": (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", ".jxl", "pillow-jxl-plugin"),
 }
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as `datasets`' imagefolder names them
+CAPTION_EXTENSIONS = (".txt", ".caption")
+
 OBJECT_TEMPLATES = """
 a photo of a {} | a photo of the {} | a photo of my {} | a photo of one {} | a picture of a {} | a picture of the {}
 a picture of my {} | a snapshot of a {} | a photograph showing the {} | a close-up photo of a {} | a sharp photo of the {}
@@ -980,18 +1006,25 @@ def read_templates(path: Path) -> list[str]:
     return lines
 
 
-def find_images(folder: Path, option: str = "--instance_data_dir") -> list[Path]:
-    """Image files in a folder, by name, not looking into its subfolders. Notes what it leaves out. Raises UserError."""
+def find_images(
+    folder: Path, option: str = "--instance_data_dir", captions: Sequence[str] = CAPTION_EXTENSIONS
+) -> list[Path]:
+    """Image files in a folder, by name, not looking into its subfolders. Raises UserError.
+
+    Notes what it leaves out, but for the files that may be captions.
+    """
     if not os.path.isdir(folder):  # which, unlike Path's, is False also where looking is not allowed
         problem = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise UserError(f"{option} {folder} {problem}: give a folder of photographs.")
     try:
-        files = sorted(path for path in folder.iterdir() if path.name not in ("metadata.jsonl", "metadata.csv"))
+        files = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"{option} {folder} cannot be read: {error.strerror}.") from None
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     images = [path for path in images if os.path.isfile(path)]  # not a folder, a pipe, or a link that leads nowhere
-    if left_out := [repr(path.name) for path in sorted({*files} - {*images})]:
+    beside = tuple(ending.lower() for ending in (*captions, *METADATA_FILES))
+    others = [path for path in files if path not in images and not path.name.lower().endswith(beside)]
+    if left_out := [repr(path.name) for path in others]:
         logger.info(f"Not images, left out: {', '.join(left_out)}")
     if not images:
         raise UserError(f"{option} {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
@@ -1023,43 +1056,131 @@ def missing_format(record: dict) -> str | None:
     return None
 
 
-def read_captions(folder: Path, column: str | None) -> dict[str, str] | None:
-    """Captions by file name from the folder's metadata.jsonl or metadata.csv; None where it has neither."""
-    paths = (folder / "metadata.jsonl", folder / "metadata.csv")
-    path = next((path for path in paths if os.path.isfile(path)), None)
-    if path is None and column is not None:
-        raise UserError(f"--caption_column {column}: {folder} has no metadata.jsonl or metadata.csv.")
-    if path is None:
+@dataclass(frozen=True)
+class Caption:
+    """What stands as a photograph's caption, lines to choose from if it is right, and where, for messages."""
+
+    caption: object
+    source: str
+
+
+def same_name(name: str) -> str:
+    """A file's name in the form by which names are compared: systems write an accent as one character or as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def read_captions(images: list[Path], args: argparse.Namespace) -> list[Caption] | None:
+    """Each image's caption, by the folder's metadata file or files beside the images; None where there are none to use.
+
+    Warns of captions that are there and not used. Raises UserError.
+    """
+    if args.no_captions:
         return None
-    column = column or "text"
+    folder = args.instance_data_dir
+    metadata = {name: folder / name for name in METADATA_FILES if os.path.isfile(folder / name)}
+    extensions = [args.caption_extension] if args.caption_extension else CAPTION_EXTENSIONS
+    beside = {f"*{ending}": files for ending in extensions if (files := caption_files(folder, images, ending))}
+    if args.caption_extension and not beside:
+        name = f"{images[0].stem}{args.caption_extension}"
+        raise UserError(f"--caption_extension {args.caption_extension}: {folder} has no captions, such as {name}.")
+    if args.caption_column and not metadata:
+        raise UserError(f"--caption_column {args.caption_column}: {folder} has no {' or '.join(METADATA_FILES)}.")
+    sources = beside | metadata if args.caption_extension else metadata | beside
+    used = None if args.prompt_templates else next(iter(sources), None)
+    if unused := [name for name in sources if name != used]:
+        reason = "--prompt_templates is given" if used is None else f"those of {used} are"
+        logger.warning(f"{folder} has captions that are not used, as {reason}: {', '.join(unused)}.")
+    if used is None:
+        return None
+    logger.info(f"Captions: {folder / used}")
+    return read_metadata(metadata[used], images, args) if used in metadata else read_files(beside[used], images, used)
+
+
+def caption_files(folder: Path, images: list[Path], ending: str) -> dict[str, Path]:
+    """The files with this ending that are named as an image, by that name. Warns of others."""
+    names = {same_name(path.stem) for path in images}
+    files = [p for p in sorted(folder.iterdir()) if os.path.isfile(p) and not p.name.startswith(".")]
+    files = {same_name(p.name[: -len(ending)]): p for p in files if p.name.lower().endswith(ending.lower())}
+    if strangers := [repr(path.name) for name, path in files.items() if name not in names]:
+        logger.warning(f"Left out, for no photograph has their names: {', '.join(strangers)}")
+    return {name: path for name, path in files.items() if name in names}
+
+
+def read_files(files: dict[str, Path], images: list[Path], pattern: str) -> list[Caption]:
+    """The images' captions, a file for each. Raises UserError."""
+    captions = []
+    for image in images:
+        path = files.get(same_name(image.stem))
+        if path is None:
+            name = pattern.replace("*", image.stem)
+            raise UserError(f"{image} has no caption, and others have: write {name}, or add --no_captions.")
+        try:
+            captions.append(Caption(path.read_text(encoding="utf-8-sig"), str(path)))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
+    return captions
+
+
+def read_metadata(path: Path, images: list[Path], args: argparse.Namespace) -> list[Caption]:
+    """The images' captions by the folder's metadata file, as `datasets`' imagefolder reads it. Raises UserError."""
+    column, captions = args.caption_column or "text", {}
+    rows = metadata_rows(path, column)
+    # A data set of several images a row has no file_name, but a column such as image_file_name for each.
+    names = [name for name in (rows[0] if rows else ()) if str(name).endswith("_file_name")]
+    wanted = (f"{args.image_column}_file_name", "file_name", *(names if len(names) == 1 else ()))
+    key = next((name for name in wanted if rows and name in rows[0]), "file_name")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        if missing := [name for name in (key, column) if name not in row]:
+            raise UserError(f"{where} has no column {missing[0]!r}: it needs {key} and --caption_column {column}.")
+        if None in row:  # so the csv module gives what is too much
+            raise UserError(f"{where} has more cells than the file has columns: put captions with commas in quotes.")
+        if not isinstance(row[key], str):
+            raise UserError(f"{where}: the {key} is {row[key]!r}: write a photograph's name.")
+        name = same_name(posixpath.normpath(row[key].replace("\\", "/")))
+        if name in captions:
+            raise UserError(f"{where}: {row[key]!r} is there a second time, after {captions[name].source}.")
+        captions[name] = Caption(row[column], where)
+    here = [same_name(image.name) for image in images]
+    if without := [name for name in here if name not in captions]:
+        raise UserError(f"{path.parent}: the metadata file has no row for {without[0]!r}.")
+    if strangers := [repr(name) for name in captions if name not in here]:
+        logger.warning(f"{path} has rows for what is no photograph of the folder: {', '.join(strangers)}")
+    return [captions[name] for name in here]
+
+
+def metadata_rows(path: Path, column: str) -> list[dict]:
+    """The rows of metadata.jsonl, metadata.csv or metadata.parquet. Raises UserError."""
+    rows = []
     try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path).to_pylist()
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
-            is_csv = path.suffix == ".csv"
-            rows = list(csv.DictReader(file)) if is_csv else [json.loads(line) for line in file if line.strip()]
-        return {row["file_name"]: str(row[column]) for row in rows}
-    except KeyError as error:
-        raise UserError(f"{path} has no column {error}: it needs file_name and --caption_column {column}.") from None
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as rows of file_name and {column}: {error}") from None
+            lines = csv.DictReader(file) if path.suffix == ".csv" else (json.loads(x) for x in file if x.strip())
+            rows.extend({**line} for line in lines)
+            return rows
+    except (OSError, ValueError, TypeError, csv.Error, RecursionError) as error:
+        place = f"row {len(rows) + 1}: " if path.suffix != ".parquet" else ""
+        raise UserError(f"{path} cannot be read as rows of file_name and {column}: {place}{error}") from None
 
 
 def load_photographs(args: argparse.Namespace) -> Sequence[dict]:
     """A row for each photograph: `image`, not yet decoded, as `datasets` has it, and `caption` where there are captions.
 
-    A folder is listed here and not by `datasets`' imagefolder, which sorts files by names like "test" into splits and
-    takes brackets in names for patterns.
+    A caption comes with its `source`. A folder is listed here and not by `datasets`' imagefolder, which sorts files by
+    names like "test" into splits and takes brackets in names for patterns.
     """
     if args.dataset_name is not None:
         return load_named_dataset(args)
-    images = find_images(args.instance_data_dir)
+    extensions = (args.caption_extension,) if args.caption_extension else CAPTION_EXTENSIONS
+    images = find_images(args.instance_data_dir, captions=extensions)
     rows = [{"image": {"path": str(path), "bytes": None}} for path in images]
-    captions = read_captions(args.instance_data_dir, args.caption_column)
+    captions = read_captions(images, args)
     if captions is not None:
-        without = [path.name for path in images if path.name not in captions]
-        if without:
-            raise UserError(f"{args.instance_data_dir}: the metadata file has no row for {without[0]!r}.")
-        rows = [row | {"caption": captions[path.name]} for row, path in zip(rows, images, strict=True)]
-    for text in itertools.chain.from_iterable((row["image"]["path"], row.get("caption", "")) for row in rows):
+        rows = [row | vars(caption) for row, caption in zip(rows, captions, strict=True)]
+    for text in itertools.chain.from_iterable((row["image"]["path"], str(row.get("caption"))) for row in rows):
         try:
             text.encode()
         except UnicodeEncodeError:  # a name in another encoding, or half a character in a caption's JSON
@@ -1083,6 +1204,11 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
             )
     if not isinstance(data.features[args.image_column], datasets.Image):
         raise UserError(f"--image_column {args.image_column} of {args.dataset_name} does not hold images.")
+    texts = [name for name in ("text", "caption", "captions", "prompt") if name in data.column_names]
+    if texts and not (args.caption_column or args.no_captions):
+        logger.warning(
+            f"--dataset_name {args.dataset_name} has captions that are not used: --caption_column {texts[0]}"
+        )
     data = data.select_columns(list(wanted.values())).rename_columns({c: o for o, c in wanted.items() if c != o})
     return data.cast_column("image", datasets.Image(decode=False))
 
@@ -1218,25 +1344,59 @@ def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> l
         )
         prompts = [template.replace("{}", args.placeholder_token) for template in templates]
         return [prompts] * len(photographs)
-    captions = [row["caption"] for row in photographs]
-    for caption in captions:
-        if not isinstance(caption, str) or ("{}" not in caption and args.placeholder_token not in caption):
-            raise UserError(
-                f"The caption {caption!r} has neither {{}} nor {args.placeholder_token!r} for the new word."
-            )
-    return [[caption.replace("{}", args.placeholder_token)] for caption in captions]
+    rows = enumerate(photographs, 1)
+    captions = [
+        Caption(row["caption"], row.get("source") or f"--dataset_name {args.dataset_name}, row {n}") for n, row in rows
+    ]
+    lines = [caption_lines(caption) for caption in captions]
+    check_new_word(captions, lines, args)
+    return [[line.replace("{}", args.placeholder_token) for line in each] for each in lines]
+
+
+def caption_lines(caption: Caption) -> list[str]:
+    """The lines of a caption, of which each step sees one. Raises UserError where it is none."""
+    if not isinstance(caption.caption, str):
+        raise UserError(f"{caption.source}: the caption is {caption.caption!r}, which is no text: write one.")
+    lines = [line.strip() for line in caption.caption.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{caption.source}: the caption is empty: write one.")
+    return lines
+
+
+def check_new_word(captions: list[Caption], lines: list[list[str]], args: argparse.Namespace) -> None:
+    """Refuse captions that do not name the subject, and say how they can. Raises UserError."""
+    all_lines = [(caption, line) for caption, each in zip(captions, lines, strict=True) for line in each]
+    without = [(c, line) for c, line in all_lines if "{}" not in line and args.placeholder_token not in line]
+    if not without:
+        return
+    (caption, line), word, hint = without[0], args.initializer_token, ""
+    pattern = rf"\b{re.escape(word)}\b" if word else "(?!)"
+    if len(without) == len(all_lines) and any(re.search(pattern, line, re.IGNORECASE) for _, line in all_lines):
+        hint = f" None has. Where they say {word!r}, write {{}} instead"
+        if os.path.isfile(caption.source):  # a file for each
+            files = f"{shlex.quote(str(args.instance_data_dir))}/*{Path(caption.source).suffix}"
+            hint += f", by: perl -pi -e {shlex.quote(f's|{pattern}|{{}}|i')} {files}"
+    raise UserError(
+        f"{caption.source}: the caption {line!r} has neither {{}} nor {args.placeholder_token!r} for the new word.{hint}"
+    )
 
 
 def check_prompts(model, prompts: list[list[str]], num_vectors: int) -> None:
-    """Refuse prompts that are so long that the new word is cut off. Raises UserError."""
-    for prompt in dict.fromkeys(itertools.chain.from_iterable(prompts)):
+    """Refuse prompts that are so long that the new word is cut off, and warn of cut ones. Raises UserError."""
+    distinct, cut = dict.fromkeys(itertools.chain.from_iterable(prompts)), set()
+    for prompt in distinct:
         for tokenizer in model.tokenizers:
-            ids = tokenizer(model.to_pipeline_prompt(prompt, tokenizer), truncation=True).input_ids
+            text = model.to_pipeline_prompt(prompt, tokenizer)
+            ids = tokenizer(text, truncation=True).input_ids
+            cut |= {prompt} if len(tokenizer(text).input_ids) > len(ids) else set()
             if sum(token_id >= len(tokenizer) - num_vectors for token_id in ids) < num_vectors:
                 raise UserError(
                     f"The encoders read {tokenizer.model_max_length} tokens, and the new word is not among them in"
                     f" {prompt!r}: shorten it (or --num_vectors, now {num_vectors})."
                 )
+    if cut:
+        read = min(tokenizer.model_max_length for tokenizer in model.tokenizers)
+        logger.warning(f"{len(cut)} of {len(distinct)} prompts are cut at the {read} tokens that the encoders read.")
 
 
 @dataclass(frozen=True)

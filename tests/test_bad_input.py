@@ -67,6 +67,10 @@ def bad(small, tmp_path, monkeypatch):
         elif name in CAPTIONS:
             shutil.copytree(small / "photos", target)
             (target / "metadata.jsonl").write_text(CAPTIONS[name])
+        elif name in TEXTS:
+            shutil.copytree(small / "photos", target)
+            for file, text in TEXTS[name].items():
+                (target / file).write_bytes(text.encode("utf-16" if name == "utf16" else "utf-8"))
         elif name == "latin1_name":
             shutil.copytree(small / "photos", target)
             os.rename(target / "00.png", os.fsencode(target) + b"/caf\xe9.png")
@@ -120,6 +124,18 @@ CAPTIONS = {
     "no_rows": "[1, 2]\n",
     "not_json": "file_name\ttext\n",
 }
+CAPTIONS |= {
+    "null": captions(None),
+    "twice": f"{captions()}\n{captions().splitlines()[-1]}",
+    "no_name": captions().replace('"00.png"', "null"),
+}
+TEXTS = {
+    "class_word": {f"{i:02d}.txt": "a teapot on a table" for i in range(5)},
+    "no_text": {f"{i:02d}.txt": "a {}" * (i != 1) for i in range(5)} | {"00.txt": "{}"},
+    "one_text": {"01.txt": "a {}"},
+    "utf16": {f"{i:02d}.txt": "a {}" for i in range(5)},
+    "commas": {"metadata.csv": "file_name,text\n00.png,a {}, asleep\n"},
+}
 PICTURE = Image.new("RGB", (80, 80))
 DATA_SETS = {
     "images_and_text": [(PICTURE, "a {}")],
@@ -161,6 +177,24 @@ CASES = [
     ({"instance_data_dir": None}, "Give either --instance_data_dir or --dataset_name"),
     ({"dataset_name": "some/set"}, "Give either --instance_data_dir or --dataset_name"),
     ({"instance_data_dir": "@no_word"}, "caption 'a dog' has neither {} nor '<my-pot>'"),
+    ({"instance_data_dir": "@class_word"}, "None has. Where they say 'teapot', write {} instead, by: perl -pi -e"),
+    ({"instance_data_dir": "@null"}, "metadata.jsonl, row 1: the caption is None, which is no text"),
+    ({"instance_data_dir": "@no_text"}, "01.txt: the caption is empty"),
+    ({"instance_data_dir": "@one_text"}, "00.png has no caption, and others have: write 00.txt, or add --no_captions"),
+    ({"instance_data_dir": "@utf16"}, "00.txt cannot be read as text in UTF-8"),
+    ({"instance_data_dir": "@twice"}, "row 6: '04.png' is there a second time, after .*, row 5"),
+    ({"instance_data_dir": "@no_name"}, "row 1: the file_name is None"),
+    ({"instance_data_dir": "@commas"}, "row 1 has more cells than the file has columns"),
+    ({"caption_extension": ".tags"}, "--caption_extension .tags: .* has no captions, such as 00.tags"),
+    ({"caption_extension": "a/b"}, "--caption_extension: 'a/b' is not the ending of a file's name, such as .txt"),
+    (
+        {"caption_extension": ".txt", "prompt_templates": "x"},
+        "--caption_extension and --prompt_templates both say what",
+    ),
+    (
+        {"instance_data_dir": None, "dataset_name": "@images_and_text", "caption_extension": ".txt"},
+        "--caption_extension is for --instance_data_dir",
+    ),
     ({"instance_data_dir": "@long"}, "the new word is not among them"),
     ({"caption_column": "text"}, "--caption_column text: .* has no metadata"),
     ({"prompt_templates": "@templates"}, "--prompt_templates .* 'a photo of it' has no {}"),
@@ -247,7 +281,7 @@ CASES = [
     ),
     (
         {"instance_data_dir": None, "dataset_name": "@caption_missing", "caption_column": "text"},
-        "The caption None has neither {}",
+        "row 2: the caption is None, which is no text",
     ),
     ({"resume_from_checkpoint": "@none"}, "--resume_from_checkpoint .*none does not exist"),
     ({"resume_from_checkpoint": "@checkpoint-5"}, "checkpoint-5 is damaged, and there is none before it"),
@@ -290,6 +324,7 @@ FOREIGN = [
     r"(?<=as a table of options: ).*",
     r"(?<=cannot be read as safetensors: ).*",
     r"(?<=as rows of file_name and text: ).*",
+    r"(?<=cannot be read as text in UTF-8: ).*",
     r"(?<= cannot be read: ).*",
     r"(?<=\(choose from ).*(?=\))",
     r"(?<=damaged or not an image \().*(?=\):)",

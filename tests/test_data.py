@@ -1,7 +1,6 @@
 """Photographs and prompts: what becomes of any kind of image, what the model is told of a crop, and what a step sees."""
 
 import argparse
-import json
 import math
 
 import datasets
@@ -25,6 +24,9 @@ def data_options(folder=None, **changes) -> argparse.Namespace:
         "dataset_config_name": None,
         "image_column": "image",
         "caption_column": None,
+        "caption_extension": None,
+        "no_captions": False,
+        "initializer_token": None,
         "hub_token": None,
         "prompt_templates": None,
         "learnable_property": "object",
@@ -101,35 +103,6 @@ def test_a_folder_of_odds_and_ends(tmp_path, caplog):
         photographs = script.load_photographs(data_options(tmp_path))
     assert [script.open_image(record).size for record in images(photographs)] == [(40, 40)] * 2
     assert "notes.txt" in caplog.text and ".DS_Store" in caplog.text
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_captions_of_the_metadata_file(tmp_path, suffix):
-    rows = [("b.png", "a {} on grass"), ("a.png", "the <new>, asleep")]
-    for name, _ in rows:
-        Image.new("RGB", (40, 40)).save(tmp_path / name)
-    lines = {
-        "jsonl": [json.dumps({"file_name": n, "words": c}) for n, c in rows],
-        "csv": ["file_name,words", *(f'{n},"{c}"' for n, c in rows)],
-    }
-    (tmp_path / f"metadata.{suffix}").write_text("\n".join(lines[suffix]) + "\n")
-    args = data_options(tmp_path, caption_column="words")
-    photographs = script.load_photographs(args)
-    assert [path.split("/")[-1] for path in (record["path"] for record in images(photographs))] == ["a.png", "b.png"]
-    assert script.prompts_by_image(photographs, args) == [["the <new>, asleep"], ["a <new> on grass"]]
-    with pytest.raises(UserError, match="--caption_column text"):
-        script.load_photographs(data_options(tmp_path))
-
-
-def test_captions_without_the_new_word_and_images_without_captions(tmp_path):
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a dog"}\n')
-    args = data_options(tmp_path)
-    with pytest.raises(UserError, match="'a dog' has neither"):
-        script.prompts_by_image(script.load_photographs(args), args)
-    Image.new("RGB", (40, 40)).save(tmp_path / "b.png")
-    with pytest.raises(UserError, match="no row for 'b.png'"):
-        script.load_photographs(args)
 
 
 def test_a_data_set_that_datasets_loads(tmp_path):
