@@ -93,10 +93,11 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
     free_memory,
+    offload_models,
 )
 from diffusers.utils import check_min_version
 from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 from peft import LoraConfig
@@ -2154,7 +2155,7 @@ def open_repository(args: argparse.Namespace) -> str:
         # for the right to write; a text file's content is sent in the second half, with the commit.
         api.preupload_lfs_files(repository, [CommitOperationAdd("README.md", b"A text.")])
         private = api.model_info(repository).private
-        card = {"repoType": "model", "content": f"---\n{card_data(args, []).to_yaml()}\n---\n"}
+        card = {"repoType": "model", "content": f"---\n{card_data(args).to_yaml()}\n---\n"}
         verdict = get_session().post(f"{api.endpoint}/api/validate-yaml", json=card)
     except Exception as error:  # huggingface_hub's versions have two HTTP libraries, whose errors have no common class
         raise UserError(f"--push_to_hub: {hub_problem(error, repository)}.") from None
@@ -2184,56 +2185,35 @@ def prepare_repository(args: argparse.Namespace, accelerator: Accelerator) -> st
     return outcome[0]
 
 
-# Copied from train_dti_sdxl.save_samples
-def save_samples(rows: list[list[Image.Image]], args: argparse.Namespace) -> None:
-    """Keep the images of each validation prompt one by one, for the card's gallery."""
-    folder = args.output_dir / "hub" / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*-*.jpg"):
-        old.unlink()
-    for prompt, images in enumerate(rows):
-        for number, image in enumerate(images):
-            image.save(folder / f"{prompt}-{number}.jpg", quality=90)  # a PNG of 1024 pixels is one or two megabytes
-
-
 # Copied from train_dti_sdxl.card_data
-def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
+def card_data(args: argparse.Namespace, widget: list[dict] | None = None) -> ModelCardData:
     """The head of the model card, which the Hub's search and gallery read."""
-    prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
     return ModelCardData(
         library_name="diffusers",
         base_model=None if Path(args.pretrained_model_name_or_path).exists() else args.pretrained_model_name_or_path,
         license=args.license,
         instance_prompt=args.placeholder_token,
-        widget=[{"text": prompts[int(Path(name).stem.split("-")[0])], "output": {"url": name}} for name in samples]
-        or None,
+        widget=widget or None,
     )
 
 
 # Copied from train_dti_sdxl.model_card
-def model_card(model, repository: str, samples: list[str], derived: dict, snippet: str) -> ModelCard:
+def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> ModelCard:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
-    args = model.args
-    data, file = card_data(args, samples), f"{web_name(args.placeholder_token)}.safetensors"
+    args, name = model.args, web_name(model.args.placeholder_token)
+    data, url = card_data(args, widget), f"https://huggingface.co/{repository}/resolve/main/{quote(name)}.safetensors"
     base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
     if data.base_model is None:
-        base, hint = (
-            f"`{model_name(args)}`",
-            f"\nPut the path or name of the model in place of `{model_name(args)}`.\n",
-        )
-    web_use = model.web_use.format(
-        name=Path(file).stem, file=file, url=f"https://huggingface.co/{repository}/resolve/main/{quote(file)}"
-    )
-    computed = ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
+        base, hint = f"`{model_name(args)}`", f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
     details = {
-        **{k: derived[k] for k in computed},
-        **{k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")},
+        k: derived[k] for k in ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
     }
-    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in details.items())
+    details |= {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
+    table = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in details.items())
     lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""
-    text = f"""{"<Gallery />" if samples else ""}
+    text = f"""{"<Gallery />" if widget else ""}
 
-# {Path(file).stem}
+# {name}
 
 `{args.placeholder_token}` is a new word for {base}, learned by
 [Directional Textual Inversion](https://arxiv.org/abs/2512.13672). This repository holds the word's embedding{lora}; the model
@@ -2251,7 +2231,7 @@ Write `{args.placeholder_token}` where the prompt names the subject.
 {hint}
 ## Use it in other tools
 
-{web_use}
+{model.web_use.format(name=name, file=f"{name}.safetensors", url=url)}
 ## Training
 
 | | |
@@ -2260,10 +2240,9 @@ Write `{args.placeholder_token}` where the prompt names the subject.
 
 All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
 """
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
     tags = ["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags]
     tags += ["lora"] * bool(args.rank)
-    return populate_model_card(card, tags=tags)
+    return populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
 
 
 # Copied from train_dti_sdxl.shareable_options
@@ -2277,37 +2256,48 @@ def shareable_options(args: argparse.Namespace) -> str:
 
 
 # Copied from train_dti_sdxl.fill_hub_folder
-def fill_hub_folder(model, repository: str, derived: dict, snippet: str) -> list[str]:
-    """Gather in --output_dir/hub what is uploaded, and nothing else. Returns the files' names there."""
+def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> Path:
+    """Gather in --output_dir/hub what is uploaded, and nothing else."""
     args, folder = model.args, model.args.output_dir / "hub"
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "samples").mkdir(parents=True)
     embeddings = [f"{name}.safetensors" for name in (*model.embedding_files, web_name(args.placeholder_token))]
-    embeddings += [LORA_FILE] * bool(args.rank)
-    copied = {name: args.output_dir / name for name in (*embeddings, "training_curves.png")} | model.hub_code
-    for name, source in copied.items():
+    names = [*embeddings, *[LORA_FILE] * bool(args.rank), "training_curves.png"]
+    for name, source in {**{name: args.output_dir / name for name in names}, **model.hub_code}.items():
         shutil.copyfile(source, folder / name)
-    write_file(folder / "training_options.json", shareable_options(args).encode())
-    counts = itertools.product(range(len(args.validation_prompt)), range(args.num_validation_images))
-    samples = [f"samples/{prompt}-{number}.jpg" for prompt, number in counts]
-    samples = [name for name in samples if (folder / name).is_file()]
-    card = model_card(model, repository, samples, derived, snippet)
-    write_file(folder / "README.md", str(card).encode())
-    return [*copied, "training_options.json", "README.md", *samples]
+    (folder / "training_options.json").write_text(shareable_options(args), encoding="utf-8")
+    widget = []
+    for index, (prompt, images) in enumerate(zip(validation_prompts(args), rows, strict=False)):
+        for number, image in enumerate(images):
+            name = f"samples/{index}-{number}.jpg"  # a PNG of 1024 pixels is one or two megabytes
+            image.save(folder / name, quality=90)
+            widget.append({"text": prompt, "output": {"url": name}})
+    card = model_card(model, repository, widget, derived, snippet)
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    return folder
 
 
 # Copied from train_dti_sdxl.share
-def share(model, repository: str, derived: dict, snippet: str) -> None:
-    """Upload embedding, card, samples and options in one commit. What it takes the place of goes. Raises UserError."""
-    args = model.args
-    files, folder = fill_hub_folder(model, repository, derived, snippet), args.output_dir / "hub"
-    api = HfApi(token=args.hub_token)
+def share(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> None:
+    """Upload embedding, card, samples and options in one commit. What it takes the place of goes. Raises UserError.
+
+    `rows` are the last validation's pictures, by prompt.
+    """
+    args, api = model.args, HfApi(token=model.args.hub_token)
     try:
-        ours = ("samples/", LORA_FILE)
-        gone = [name for name in api.list_repo_files(repository) if name.startswith(ours) and name not in files]
-        operations = [CommitOperationAdd(name, folder / name) for name in files]
-        operations += [CommitOperationDelete(name) for name in gone]
-        message = f"{args.placeholder_token} after {args.max_train_steps} steps"
-        api.create_commit(repository, operations, commit_message=message)
+        folder = fill_hub_folder(model, repository, derived, rows, snippet)
+    except OSError as error:
+        raise UserError(
+            f"--push_to_hub: {error.filename} cannot be written: {error.strerror}. The results are in {args.output_dir}: make"
+            " room and go on with --resume_from_checkpoint latest."
+        ) from None
+    try:
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            delete_patterns=["samples/*", LORA_FILE],
+            commit_message=f"{args.placeholder_token} after {args.max_train_steps} steps",
+        )
     except Exception as error:  # as in open_repository
         private = " --private" if args.hub_private_repo else ""  # for a repository that has gone since
         raise UserError(
@@ -2322,57 +2312,41 @@ def share(model, repository: str, derived: dict, snippet: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from train_dti_sdxl.room_for_vae
-@contextlib.contextmanager
-def room_for_vae(model):
-    """Within it, with --gradient_checkpointing, which is to save memory, the VAE is alone on the device."""
-    device = model.vae.device
-    others = [model.denoiser, *model.text_encoders] if model.args.gradient_checkpointing else []
-    for part in others:
-        part.to("cpu")
-    try:
-        yield
-    finally:
-        for part in others:
-            part.to(device)
-
-
-# Copied from train_dti_sdxl.decode_latents
-@torch.no_grad()
-def decode_latents(vae, latents: torch.Tensor) -> Image.Image:
-    pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample
-    return VaeImageProcessor().postprocess(pixels)[0]
+# Copied from train_dti_sdxl.validation_prompts
+def validation_prompts(args: argparse.Namespace) -> list[str]:
+    return [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
 
 
 # Copied from train_dti_sdxl.validate
-def validate(model, accelerator: Accelerator, seed: int, step: int) -> None:
-    """Sample every validation prompt, and put the pictures into validation-<step>.png and the tracker."""
-    args, vae_device, dropout = model.args, model.vae.device, model.denoiser.training
-    model.vae.to(accelerator.device)
-    prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
-    model.denoiser.eval()
+@torch.no_grad()
+def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list[Image.Image]]:
+    """Sample every validation prompt. Returns the pictures of each, and puts them into validation-<step>.png and the tracker."""
+    args, scale, dropout = model.args, model.vae.config.scaling_factor, model.denoiser.training
     negative = args.validation_negative_prompt and args.validation_negative_prompt.replace(
         "{}", args.placeholder_token
     )
-    latents = [model.sample_latents(prompt, negative, seed) for prompt in prompts]
-    model.denoiser.train(dropout)
-    with room_for_vae(model):
-        rows = [[decode_latents(model.vae, x) for x in row] for row in latents]
-    model.vae.to(vae_device)
+    others = (model.denoiser, *model.text_encoders)
+    with offload_models(model.vae, device=accelerator.device):
+        model.denoiser.eval()
+        latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
+        model.denoiser.train(dropout)
+        # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
+        with offload_models(*others, device="cpu", offload=args.gradient_checkpointing):
+            pixels = [[model.vae.decode(x.float() / scale).sample for x in row] for row in latents]
     free_memory()
+    rows = [VaeImageProcessor().postprocess(torch.cat(row)) for row in pixels]
 
     path = args.output_dir / f"validation-{step}.png"
-    labelled_grid(rows, prompts).save(content := io.BytesIO(), format="png")
+    labelled_grid(rows, validation_prompts(args)).save(content := io.BytesIO(), format="png")
     write_file(path, content.getvalue())
-    if args.push_to_hub:
-        save_samples(rows, args)
-    pixels = np.stack([np.asarray(image) for row in rows for image in row])
+    images = np.stack([np.asarray(image) for row in rows for image in row])
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"validation": pixels}, step=step, dataformats="NHWC")
+            tracker.log_images({"validation": images}, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
-            tracker.log_images({"validation": list(pixels)}, step=step)
+            tracker.log_images({"validation": list(images)}, step=step)
     tqdm.write(f"Step {step}: {path}")
+    return rows
 
 
 # Copied from train_dti_sdxl.labelled_grid
@@ -2791,17 +2765,18 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     interruption.in_loop = False
 
     # Results.
+    pictures = []
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_result(model, args.max_train_steps)
         training.history.plot(args.output_dir / "training_curves.png")
         if args.validation_prompt:
-            validate(model, accelerator, seed, args.max_train_steps)
+            pictures = validate(model, accelerator, seed, args.max_train_steps)
         report_skipped(training)
         print(f"\nSaved to {args.output_dir}. To use it:\n{model.loading_snippet(device, dtype)}")
     accelerator.end_training()
     if repository and accelerator.is_main_process:
-        share(model, repository, derived, model.loading_snippet(device, dtype, repository))
+        share(model, repository, derived, pictures, model.loading_snippet(device, dtype, repository))
 
 
 # Copied from train_dti_sdxl.run

@@ -194,7 +194,7 @@ def compute(script, folder: Path, configuration: dict) -> dict[str, int]:
     vae = sum(x.nbytes for x in weights_of(model.vae))
     latents = encode(model)
     batch, pair = (make_batch(script, latents, args, size) for size in (args.train_batch_size, 2))
-    beside_decoding = 0 if args.gradient_checkpointing else weights  # script.room_for_vae
+    beside_decoding = 0 if args.gradient_checkpointing else weights  # as script.validate does
     return {
         "weights": weights,
         "encoding": vae + peak(encode, model),

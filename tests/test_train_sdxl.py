@@ -518,21 +518,47 @@ def test_reports_what_it_left_out(train, monkeypatch, caplog):
 
 
 class OnDevice:
-    """A model that only knows where it is."""
+    """A part of the model that only knows where it is."""
 
-    def __init__(self):
-        self.device = torch.device("cuda")
+    config = SimpleNamespace(scaling_factor=1.0)
+    training = False
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
 
     def to(self, device) -> None:
         self.device = torch.device(device)
 
+    def parameters(self):
+        yield self
+
+    def train(self, mode: bool = True) -> None:
+        pass
+
+    eval = train
+
 
 @pytest.mark.parametrize("saving", [True, False])
-def test_with_gradient_checkpointing_the_vae_decodes_alone(saving):
-    model = SimpleNamespace(vae=OnDevice(), denoiser=OnDevice(), text_encoders=[OnDevice(), OnDevice()])
-    model.args = argparse.Namespace(gradient_checkpointing=saving)
-    others = [model.denoiser, *model.text_encoders]
-    with script.room_for_vae(model):
-        assert model.vae.device.type == "cuda"
-        assert {part.device.type for part in others} == {"cpu" if saving else "cuda"}
-    assert {part.device.type for part in others} == {"cuda"}
+def test_with_gradient_checkpointing_the_vae_decodes_alone(saving, tmp_path):
+    where = {}
+
+    def places(moment: str) -> None:
+        where[moment] = [part.device.type for part in (model.vae, model.denoiser, *model.text_encoders)]
+
+    class Vae(OnDevice):
+        def decode(self, latents):
+            places("decoding")
+            return SimpleNamespace(sample=torch.zeros(1, 3, 16, 16))
+
+    def sample_latents(prompt, negative_prompt, seed):
+        places("sampling")
+        return [torch.zeros(1, 4, 2, 2)]
+
+    model = SimpleNamespace(vae=Vae("cpu"), denoiser=OnDevice("cuda"), text_encoders=[OnDevice("cuda")])
+    model.sample_latents = sample_latents
+    model.args = argparse.Namespace(gradient_checkpointing=saving, output_dir=tmp_path, validation_prompt=["a {}"])
+    model.args.placeholder_token, model.args.validation_negative_prompt = "<x>", None
+    script.validate(model, SimpleNamespace(device=torch.device("cuda"), trackers=[]), seed=0, step=1)
+    places("afterwards")
+    assert where["sampling"] == ["cuda", "cuda", "cuda"] and where["afterwards"] == ["cpu", "cuda", "cuda"]
+    assert where["decoding"] == (["cuda", "cpu", "cpu"] if saving else ["cuda", "cuda", "cuda"])
