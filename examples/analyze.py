@@ -33,7 +33,6 @@ import copy
 import html
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,17 +49,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
-from diffusers import DiffusionPipeline  # noqa: E402
 from export import EmbeddingError, UserError, check_output_dir, make_parser, read_embedding, run  # noqa: E402
+from generate import choose_device, load_text_encoder  # noqa: E402
+from generate import read_prompts as read_lines  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoTokenizer,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Gemma2Model,
-)
+from pictures import training  # noqa: E402
+from rescale import model_index, one_line  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer  # noqa: E402
+
+
+angle, normalize = training.angle, training.normalize
 
 
 TEMPLATES = """
@@ -94,7 +92,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--words", nargs="+", default=[], metavar="WORD", help="Words of the vocabulary to look at besides.")
     add("--prompts", type=Path, default=None, help="File of prompts, one a line, with {} for the word, instead of the built-in ones.")
     add("--output_dir", type=Path, required=True, help="Where the report is written.")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device of the text encoders.")
+    add("--device", default=None, help="Device of the text encoders. Default: the GPU where there is one.")
     add("--seed", type=int, default=0, help="Seed of the position classifier's prompts.")
     return parser
 
@@ -108,11 +106,7 @@ def check_options(args: argparse.Namespace) -> list[str]:
         raise UserError("There is nothing to analyse: give --embeddings PATH, --words WORD or both.")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed} is not between 0 and {2**32 - 1}: choose another.")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on the kind of device
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--device {args.device} cannot be used ({reason}): try --device cpu.") from None
+    args.device = choose_device(args)
     prompts = read_prompts(args.prompts)
     check_output_dir(args.output_dir)
     return prompts
@@ -122,33 +116,16 @@ def read_prompts(path: Path | None) -> list[str]:
     """Prompts of a file, or the built-in ones, each with {} for the word. Raises UserError."""
     if path is None:
         return [prompt.strip() for line in TEMPLATES.strip().splitlines() for prompt in line.split("|")]
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read: {error}. Give a text file, a prompt a line.") from None
-    wrong = [line for line in lines if "{}" not in line]
-    if not lines or wrong:
-        problem = (
-            f"the line {wrong[0]!r} has no {{}}: write it where the word stands" if lines else "it has no prompts"
-        )
-        raise UserError(f"--prompts {path}: {problem}.")
+    lines = read_lines(path)
+    for line in lines:
+        if "{}" not in line:
+            raise UserError(f"--prompts {path}: the line {line!r} has no {{}}: write it where the word stands.")
     return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Mathematics
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def normalize(x: torch.Tensor) -> torch.Tensor:
-    """Rows of `x` (..., d) scaled to unit length. A zero row stays zero."""
-    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
-
-
-def angle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Angles (...) in degrees between the rows of `a` and `b` (..., d), exact also where they are nearly parallel."""
-    a, b = normalize(a), normalize(b)
-    return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))
 
 
 def attenuation(norm: torch.nn.LayerNorm, v: torch.Tensor, p: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -196,12 +173,8 @@ def turning_bound(length: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
 # 3. The model: text encoders and tokenizers, and nothing else of the pipeline
 # ----------------------------------------------------------------------------------------------------------------------
 
-ENCODER_CLASSES = {
-    "CLIPTextModel": CLIPTextModel,
-    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-    "Gemma2Model": Gemma2Model,
-    "Gemma2ForCausalLM": Gemma2Model,  # its head is not needed
-}
+ENCODER_CLASSES = {name: name for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "Gemma2Model")}
+ENCODER_CLASSES["Gemma2ForCausalLM"] = "Gemma2Model"  # its head is not needed
 
 
 @dataclass
@@ -234,29 +207,19 @@ def loading_as_user_errors(name: str):
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors and the Hub raise many kinds
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
+        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {one_line(error)}") from None
 
 
 def find_encoders(args: argparse.Namespace) -> dict[str, str]:
     """The pipeline's text encoders that can be analysed, by name, with their class. Raises UserError."""
-    name = args.pretrained_model_name_or_path
-    option = f"--pretrained_model_name_or_path {name}"
-    if os.path.isfile(name):
-        raise UserError(f"{option} is a file: give the folder of a pipeline in diffusers' format.")
-    if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
-        raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
-    try:
-        index = DiffusionPipeline.load_config(name, revision=args.revision)
-        parts = {part: entry[1] for part, entry in index.items() if part.startswith("text_encoder") and entry[1]}
-    except (OSError, ValueError, AttributeError, TypeError, IndexError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{option} cannot be read: {reason}") from None
+    index = model_index(args.pretrained_model_name_or_path, args.revision)
+    parts = {part: entry[1] for part, entry in index.items() if part.startswith("text_encoder") and entry[1]}
     known = {part: cls for part, cls in parts.items() if cls in ENCODER_CLASSES}
     if not known:
         found = ", ".join(parts.values()) or "none"
         raise UserError(
-            f"{option} has no text encoder of CLIP's or Gemma-2's (but {found}): give an SDXL or SANA model."
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} has no text encoder of CLIP's or"
+            f" Gemma-2's (but {found}): give a Stable Diffusion or SANA model."
         )
     for part in parts.keys() - known.keys():
         print(f"{part} is a {parts[part]}: it is left out.")
@@ -278,11 +241,9 @@ def load_tokenizer(name: str, encoder: str, cls: str, revision: str | None):
 def load_encoder(args: argparse.Namespace, name: str, cls: str, tokenizer) -> TextEncoder:
     """Load a text encoder in float32 onto the device and find its parts. Raises UserError."""
     path = args.pretrained_model_name_or_path
-    options = {"subfolder": name, "revision": args.revision, "variant": args.variant, "torch_dtype": torch.float32}
+    options = {"revision": args.revision, "variant": args.variant, "torch_dtype": torch.float32}
     with loading_as_user_errors(path):
-        model, info = ENCODER_CLASSES[cls].from_pretrained(path, output_loading_info=True, **options)
-        if info["missing_keys"]:  # transformers would go on with random ones
-            raise ValueError(f"{name} lacks the weights {sorted(info['missing_keys'])[0]} ...")
+        model = load_text_encoder(path, name, ENCODER_CLASSES[cls], options)
     model.requires_grad_(False).eval().to(args.device)
     # By kind and not by path: transformers 5.6 dropped CLIPTextModel's `text_model`.
     count = model.config.num_hidden_layers

@@ -64,7 +64,7 @@ from diffusers import (
     SanaTransformer2DModel,
     UNet2DConditionModel,
 )
-from export import UserError, make_parser, run, write_files
+from export import UserError, make_parser, markdown_table, run, write_files
 from generate import number as at_least
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -929,11 +929,6 @@ def whole_runs(job: Job, args: argparse.Namespace, model: Path, photos: Path, fo
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Tables
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def markdown_table(names: list[str], rows: list[list[str]]) -> str:
-    rows = [[str(text).replace("|", "\\|") for text in row] for row in [names, ["---"] * len(names), *rows]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def amount(value: float | None, unit: float = 1, digits: int = 2) -> str:

@@ -39,6 +39,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -51,20 +52,23 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from export import Embedding, UserError, make_parser, read_embedding, renamed, run, write_files
+from export import Embedding, UserError, make_parser, markdown_table, read_embedding, renamed, run, write_files
 from generate import (
     LORA_FILE,
+    add_model_options,
     check_model_fits,
+    choose_device,
     choose_dtype,
     generate_pairs,
     load_embeddings,
     load_pipeline,
     model_fingerprint,
-    sana_instruction,
+    sampling,
     settle_options,
     to_png,
 )
 from generate import number as at_least
+from generate import read_prompts as read_lines
 from pictures import check_apart, open_picture, pictures_in
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rescale import chosen_magnitudes, magnitude_rule, magnitudes, model_family, one_line, rescale
@@ -96,9 +100,8 @@ def named_path(text: str) -> tuple[str, Path]:
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Pipeline that the embeddings were trained for.")
-    add("--revision", help="Revision of the pipeline on the Hub.")
-    add("--variant", help="Variant of the pipeline's weights, such as fp16.")
+    add_model_options(parser)
+    parser.set_defaults(batch_size=4)
     add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
     add("--table", type=Path, help="CSV or JSON file: a subject and a method a row.")
     add("--embeddings", type=named_path, nargs="+", metavar="NAME=PATH", help="Methods and their embeddings (one subject).")
@@ -110,14 +113,6 @@ def command_line() -> argparse.ArgumentParser:
     add("--rescale", type=rescale_option, nargs="+", default=[], metavar="[METHOD=]RULE",
         help="Evaluate METHOD (or all) rescaled to the vocabulary's norm too: mean, min or a number.")
     add("--seeds", type=at_least(int, 0), nargs="+", default=[0, 1, 2, 3], help="A picture of each prompt for each. Paper: four.")
-    add("--num_inference_steps", type=at_least(int, 1), help="Default: 20 for SANA, else 50, as in the paper.")
-    add("--guidance_scale", type=at_least(float, 0), help="Default: 5 for SDXL, 4.5 for SANA, 7.5 for Stable Diffusion 1 and 2.")
-    add("--pooling", choices=("eos", "stock"), default="eos", help="Where SDXL's second encoder pools (README).")
-    add("--batch_size", type=at_least(int, 1), default=4, help="Pictures at a time.")
-    add("--resolution", type=at_least(int, 8), help="Side of the pictures in pixels. Default: the model's.")
-    add("--complex_human_instruction", choices=("none", "default"), default="none", help="SANA's instruction before every prompt.")
-    add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="The pipeline's: on a CPU fp32, on a GPU fp16, for SANA bf16. Scores are fp32.")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Default: cuda where there is one.")
     add("--dino", default="facebook/dinov2-base", help="Image score's model: Hub id or folder.")
     add("--siglip", default="google/siglip-base-patch16-512", help="Text score's model: Hub id or folder.")
     add("--classifiers", type=Path, help="Folder of the miniature world's attribute classifiers.")
@@ -129,6 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
     check_options(args)
+    args.device = choose_device(args)
     return args
 
 
@@ -148,10 +144,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(
             f"--classifiers {args.classifiers} has no model.safetensors: give the miniature's classifiers."
         )
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used: {one_line(error)}") from None
 
 
 OUTPUTS = (
@@ -321,19 +313,14 @@ def read_prompts(name: str) -> list[Prompt]:
     """Built-in prompts by name, or those of a file, one a line. Raises UserError."""
     if name in BUILT_IN:
         return BUILT_IN[name]
-    try:
-        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"--prompts {name} is neither a file nor one of {', '.join(BUILT_IN)}.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {name} cannot be read: {error}") from None
-    wrong = next((line for line in lines if "{}" not in line), None)
-    twice = next((line for line in lines if lines.count(line) > 1), None)
-    if not lines or wrong or twice:
-        problem = f"the line {wrong!r} has no {{}} for the subject" if wrong else "it is empty"
-        raise UserError(
-            f"--prompts {name}: {f'the line {twice!r} is there twice' if twice and not wrong else problem}."
-        )
+    if not os.path.exists(name):
+        raise UserError(f"--prompts {name} is neither a file nor one of {', '.join(BUILT_IN)}.")
+    lines = read_lines(Path(name))
+    for line in lines:
+        if "{}" not in line:
+            raise UserError(f"--prompts {name}: the line {line!r} has no {{}} for the subject.")
+        if lines.count(line) > 1:
+            raise UserError(f"--prompts {name}: the line {line!r} is there twice.")
     return [Prompt(line) for line in lines]
 
 
@@ -553,28 +540,13 @@ def generate_missing(jobs: list[Job], args: argparse.Namespace) -> int:
     todo = [(job, missing) for job in jobs if (missing := job.missing())]
     if not todo:
         return 0
-    pipe = load_pipeline(
-        args.pretrained_model_name_or_path,
-        getattr(torch, args.dtype),
-        args.device,
-        revision=args.revision,
-        variant=args.variant,
-    )
+    model, dtype = args.pretrained_model_name_or_path, getattr(torch, args.dtype)
+    pipe = load_pipeline(model, dtype, args.device, revision=args.revision, variant=args.variant)
     load_embeddings(pipe, [job.embedding for job, _ in todo])  # at once: each growth of a vocabulary takes seconds
     count, total = 0, sum(len(missing) for _, missing in todo)
     for job, missing in todo:
         pairs = [(job.prompts[p].with_word(job.embedding.token), seed) for p, seed in missing]
-        pictures = generate_pairs(
-            pipe,
-            pairs,
-            steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            batch_size=args.batch_size,
-            pooling=args.pooling,
-            resolution=args.resolution,
-            instruction=sana_instruction() if args.complex_human_instruction == "default" else None,
-        )
-        for key, (_, _, image) in zip(missing, pictures, strict=True):
+        for key, (_, _, image) in zip(missing, generate_pairs(pipe, pairs, **sampling(args)), strict=True):
             texts = {"prompt": job.prompts[key[0]].text, "seed": str(key[1]), "fingerprint": job.marks[key]}
             write_files({job.paths[key]: to_png(image, texts)})
             count += 1
@@ -872,11 +844,6 @@ def cell(value: dict | None, sign: str = "") -> str:
         return "-"
     half = f" ± {value['high'] - value['mean']:.3f}" if value.get("high") is not None else ""
     return f"{value['mean']:{sign}.3f}{half}"
-
-
-def markdown_table(names: list[str], rows: list[list[str]]) -> str:
-    rows = [[str(text).replace("|", "\\|") for text in row] for row in [names, ["---"] * len(names), *rows]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def to_markdown(report: dict) -> str:

@@ -361,6 +361,11 @@ def write_embedding(
     return list(files)
 
 
+def markdown_table(names: list[str], rows: list[list[str]]) -> str:
+    rows = [[str(text).replace("|", "\\|") for text in row] for row in [names, ["---"] * len(names), *rows]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Command line
 # ----------------------------------------------------------------------------------------------------------------------

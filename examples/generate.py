@@ -509,16 +509,15 @@ def choose_device(args: argparse.Namespace) -> str:
     """--device, or the GPU where there is one. Raises UserError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        kind = torch.device(device).type
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not there: {one_line(error)}") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on the kind of device
+        raise UserError(f"--device {device} cannot be used: {one_line(error)}") from None
     for option in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
-        if getattr(args, option) and kind == "cpu":
+        if getattr(args, option, False) and torch.device(device).type == "cpu":
             raise UserError(
                 f"--{option} moves weights between a GPU and the CPU, and the device is the CPU: leave it out."
             )
-    if args.enable_model_cpu_offload and args.enable_sequential_cpu_offload:
+    if getattr(args, "enable_model_cpu_offload", False) and args.enable_sequential_cpu_offload:
         raise UserError("--enable_model_cpu_offload and --enable_sequential_cpu_offload: choose one of the two.")
     return device
 
@@ -551,26 +550,34 @@ def number(kind: type, minimum: float) -> Callable:
     return parse
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
-    """The options of models, prompts and sampling, which interpolate.py has too."""
+def add_model_options(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
+    """The options of model and sampling, which evaluate.py and interpolate.py have too."""
     add = parser.add_argument
     # fmt: off
     add("--pretrained_model_name_or_path", required=model_required, help="Folder or Hub id of the model: SDXL, SANA, or Stable Diffusion 1 or 2.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
-    add("--prompt", action="extend", nargs="+", default=[], help='Prompts, with "{}" for the learned token ("{0}", "{1}" ... for several).')
-    add("--prompts", type=Path, default=None, help="File of prompts, one a line, besides those of --prompt.")
-    add("--negative_prompt", default=None, help="What the pictures shall not show. Default: none.")
-    add("--seeds", type=number(int, 0), action="extend", nargs="+", default=None, help="Seeds, a picture of each prompt for each. Default: 0.")
     add("--batch_size", type=number(int, 1), default=1, help="Pictures that are drawn at once.")
     add("--resolution", type=number(int, 8), default=None, help="Side of the pictures in pixels. Default: the model's.")
     add("--num_inference_steps", type=number(int, 1), default=None, help="Steps. Default, the paper's: SANA 20, others 50.")
     add("--guidance_scale", type=number(float, 0), default=None, help="Classifier-free guidance. Default: SDXL 5, SANA 4.5, Stable Diffusion 1 and 2 7.5.")
-    add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (DDIM, for SANA Euler), or the one that the model ships with.")
     add("--pooling", choices=["eos", "stock"], default="eos", help="Where SDXL's pooled text embedding is read: at the end token, or at the learned one as diffusers does.")
     add("--complex_human_instruction", choices=["none", "default"], default="none", help="SANA's instruction in front of every prompt: none, or SanaPipeline's own. As the token was trained.")
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision of the models. Default: float32 on a CPU; on a GPU fp16, for SANA bf16.")
     add("--device", default=None, help="Such as cuda:1 or cpu. Default: the GPU where there is one.")
+    # fmt: on
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
+    """The options of models, prompts and sampling, which interpolate.py has too."""
+    add_model_options(parser, model_required)
+    add = parser.add_argument
+    # fmt: off
+    add("--prompt", action="extend", nargs="+", default=[], help='Prompts, with "{}" for the learned token ("{0}", "{1}" ... for several).')
+    add("--prompts", type=Path, default=None, help="File of prompts, one a line, besides those of --prompt.")
+    add("--negative_prompt", default=None, help="What the pictures shall not show. Default: none.")
+    add("--seeds", type=number(int, 0), action="extend", nargs="+", default=None, help="Seeds, a picture of each prompt for each. Default: 0.")
+    add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (DDIM, for SANA Euler), or the one that the model ships with.")
     add("--enable_model_cpu_offload", action="store_true", help="Keep each model on the CPU until it is its turn: less GPU memory, a little slower.")
     add("--enable_sequential_cpu_offload", action="store_true", help="The same for each layer: least GPU memory, much slower.")
     add("--enable_vae_tiling", action="store_true", help="Decode pictures in tiles: less memory at high resolutions.")
@@ -606,6 +613,18 @@ def all_prompts(args: argparse.Namespace) -> list[str]:
         if not prompt.strip():
             raise UserError("--prompt is empty: write what the picture shall show.")
     return list(dict.fromkeys(prompts))
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """What `generate_pairs` is told of the options."""
+    return {
+        "steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "batch_size": args.batch_size,
+        "pooling": args.pooling,
+        "resolution": args.resolution,
+        "instruction": sana_instruction() if args.complex_human_instruction == "default" else None,
+    }
 
 
 def sampling_settings(args: argparse.Namespace, dtype: torch.dtype, loras: list[Path]) -> dict:
@@ -657,17 +676,8 @@ def draw_missing(
         return 0
     try:
         pipe = start()
-        images = generate_pairs(
-            pipe,
-            [(told[path] if told else prompt, seed) for path, (prompt, seed, _) in missing.items()],
-            steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            batch_size=args.batch_size,
-            pooling=args.pooling,
-            resolution=args.resolution,
-            negative_prompt=args.negative_prompt,
-            instruction=sana_instruction() if args.complex_human_instruction == "default" else None,
-        )
+        pairs = [(told[path] if told else prompt, seed) for path, (prompt, seed, _) in missing.items()]
+        images = generate_pairs(pipe, pairs, negative_prompt=args.negative_prompt, **sampling(args))
         for path, (_, _, image) in tqdm(zip(missing, images, strict=True), "Pictures", total=len(missing)):
             write_files({path: to_png(image, picture_text(*missing[path]))})
     except torch.cuda.OutOfMemoryError:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark
-from benchmark import Job, about_machine, amount, job_command, last_line, markdown_table, run_process, summarise
-from export import UserError, make_parser, run, write_files
+from benchmark import Job, about_machine, amount, job_command, last_line, run_process, summarise
+from export import UserError, make_parser, markdown_table, run, write_files
 from generate import number as at_least
 from PIL import Image
 

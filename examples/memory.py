@@ -28,8 +28,7 @@ from unittest import mock
 
 import torch
 from benchmark import MODELS, ROOT, random_weights, write_full_model
-from evaluate import markdown_table
-from export import make_parser, run
+from export import make_parser, markdown_table, run
 from generate import number as at_least
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter

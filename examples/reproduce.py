@@ -36,8 +36,18 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from evaluate import MEASURES, cell, draw_scatter, interval, markdown_table, miniature, statistics
-from export import ENCODERS, Embedding, UserError, make_parser, read_embedding, run, write_embedding, write_files
+from evaluate import MEASURES, cell, draw_scatter, interval, miniature, statistics
+from export import (
+    ENCODERS,
+    Embedding,
+    UserError,
+    make_parser,
+    markdown_table,
+    read_embedding,
+    run,
+    write_embedding,
+    write_files,
+)
 from generate import load_tokenizers
 from generate import number as at_least
 from rescale import vocabulary

@@ -25,8 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmark import check_configurations, load_script
-from evaluate import cell, interval, markdown_table
-from export import make_parser, run, write_files
+from evaluate import cell, interval
+from export import make_parser, markdown_table, run, write_files
 from generate import number as at_least
 from reproduce import (
     EXAMPLES,

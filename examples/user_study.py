@@ -27,8 +27,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from evaluate import cell, interval, markdown_table
-from export import UserError, make_parser, run, write_files
+from evaluate import cell, interval
+from export import UserError, make_parser, markdown_table, run, write_files
 from generate import number as at_least
 from pictures import open_picture
 from PIL import Image

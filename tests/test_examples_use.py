@@ -453,7 +453,7 @@ def test_low_memory_and_half_precision(call, small, dog, tmp_path):
             1,
             "the device is the CPU: leave it out",
         ),
-        (["--prompt", "a {}", "--device", "cuda:99"], 1, "--device cuda:99 is not there"),
+        (["--prompt", "a {}", "--device", "cuda:99"], 1, "--device cuda:99 cannot be used"),
         (["--prompt", "a {}", "--complex_human_instruction", "default"], 1, "is SANA's"),
         (["--prompt", "a {}", "--pretrained_model_name_or_path", "photos"], 1, "has no model_index.json"),
         (
