@@ -174,7 +174,8 @@ def test_a_stock_pipeline_draws_the_same_with_every_format(small, tmp_path, form
     ours = generate.load_pipeline(str(small / "sdxl"))
     generate.load_embedding(ours, make("<my-dog>"))
     options = {"steps": 2, "guidance_scale": 5.0, "pooling": "stock"}
-    assert next(generate.generate(ours, [PROMPT.format("<my-dog>")], [3], **options))[2].tobytes() == stock.tobytes()
+    image = next(generate.generate(ours, [PROMPT.format("<my-dog>")], [3], **options))[2]
+    assert (to_tensor(image) - to_tensor(stock)).abs().max() <= 1  # of 255: convolutions round by the memory's layout
 
 
 @pytest.mark.parametrize(
