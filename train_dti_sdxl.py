@@ -60,7 +60,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -228,6 +228,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--no_captions", **SWITCH, help="Train with the prompt templates though there are captions.")
     add("--learnable_property", choices=["object", "style"], default="object", help="Which of the built-in prompt templates to train with where there are no captions.")
     add("--prompt_templates", type=Path, default=None, help="File of prompt templates, one a line, with {} for the new word, instead of the built-in ones.")
+    add("--mask_dir", type=Path, default=None, help="Folder with a mask for each photograph, of the same name, the subject white: the loss counts the subject.")
+    add("--alpha_mask", **SWITCH, help="Take the photographs' own alpha channels for masks.")
+    add("--mask_background", type=number(float, 0), default=None, help="Weight in the loss of what is not the subject, whose own is 1. Default: 0.1 with masks.")
     add("--resolution", type=number(int, 8), default=1024, help="Side in pixels of the square training images: the shorter side is resized to it and the rest cropped.")
     add("--center_crop", **SWITCH, help="Crop the centre instead of a random part.")
     add("--random_flip", **SWITCH, help="Mirror half of the views. Not for subjects whose two sides differ.")
@@ -404,6 +407,8 @@ def parse_args(argv: list[str] | None, model_class: type) -> argparse.Namespace:
             setattr(args, name, value)
     if args.kappa is None:
         args.kappa = 0.0 if args.magnitude == "free" else 1e-4
+    if args.mask_background is None and (args.mask_dir or args.alpha_mask):
+        args.mask_background = 0.1
     if args.rank and args.lora_alpha is None:
         args.lora_alpha = float(args.rank)
     return args
@@ -469,6 +474,14 @@ def check_data_options(args: argparse.Namespace) -> None:
         raise UserError(f"--{given[0]} and --{given[1]} both say what the prompts are: leave one out.")
     if args.caption_extension and args.dataset_name:
         raise UserError("--caption_extension is for --instance_data_dir: of a data set, give the --caption_column.")
+    if args.mask_dir and args.alpha_mask:
+        raise UserError("--mask_dir and --alpha_mask both say where the masks are: leave one out.")
+    if args.mask_dir and args.dataset_name:
+        raise UserError("--mask_dir is for --instance_data_dir: of a data set, --alpha_mask takes the alpha channels.")
+    if args.mask_background is not None and not (args.mask_dir or args.alpha_mask):
+        raise UserError(f"--mask_background {args.mask_background:g} needs masks: give --mask_dir or --alpha_mask.")
+    if args.mask_background is not None and args.mask_background >= 1:
+        raise UserError(f"--mask_background {args.mask_background:g} must be below 1, where masks change nothing.")
 
 
 def check_apart(output_dir: Path, photographs: Path) -> None:
@@ -1015,7 +1028,7 @@ def find_images(
     """
     if not os.path.isdir(folder):  # which, unlike Path's, is False also where looking is not allowed
         problem = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"{option} {folder} {problem}: give a folder of photographs.")
+        raise UserError(f"{option} {folder} {problem}: give a folder of images.")
     try:
         files = sorted(folder.iterdir())
     except OSError as error:
@@ -1167,9 +1180,9 @@ def metadata_rows(path: Path, column: str) -> list[dict]:
 
 
 def load_photographs(args: argparse.Namespace) -> Sequence[dict]:
-    """A row for each photograph: `image`, not yet decoded, as `datasets` has it, and `caption` where there are captions.
+    """A row for each photograph: `image`, not yet decoded, as `datasets` has it, `caption` where there are captions.
 
-    A caption comes with its `source`. A folder is listed here and not by `datasets`' imagefolder, which sorts files by
+    A caption comes with its `source`, and with --mask_dir there is a `mask`, like `image` or None. A folder is listed here and not by `datasets`' imagefolder, which sorts files by
     names like "test" into splits and takes brackets in names for patterns.
     """
     if args.dataset_name is not None:
@@ -1180,12 +1193,28 @@ def load_photographs(args: argparse.Namespace) -> Sequence[dict]:
     captions = read_captions(images, args)
     if captions is not None:
         rows = [row | vars(caption) for row, caption in zip(rows, captions, strict=True)]
+    if args.mask_dir is not None:
+        rows = [row | {"mask": mask} for row, mask in zip(rows, find_masks(images, args.mask_dir), strict=True)]
     for text in itertools.chain.from_iterable((row["image"]["path"], str(row.get("caption"))) for row in rows):
         try:
             text.encode()
         except UnicodeEncodeError:  # a name in another encoding, or half a character in a caption's JSON
             raise UserError(f"{text!r} is not valid UTF-8: rename the file or mend the caption.") from None
     return rows
+
+
+def find_masks(images: list[Path], folder: Path) -> list[dict | None]:
+    """The mask of the same name for each image, endings aside; None, with a warning, where there is none. Raises UserError."""
+    if os.path.isdir(folder) and os.path.samefile(folder, images[0].parent):
+        raise UserError(f"--mask_dir {folder} is the photographs' folder, and masks would be taken for photographs.")
+    masks = {same_name(path.stem): {"path": str(path), "bytes": None} for path in find_images(folder, "--mask_dir")}
+    found = [masks.get(same_name(image.stem)) for image in images]
+    without = [repr(image.name) for image, mask in zip(images, found, strict=True) if mask is None]
+    if len(without) == len(images):
+        raise UserError(f"--mask_dir {folder} has no mask named as a photograph, such as {images[0].stem}.png.")
+    if without:
+        logger.warning(f"Without a mask, and counted as a whole: {', '.join(without)}")
+    return found
 
 
 def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
@@ -1213,8 +1242,8 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
     return data.cast_column("image", datasets.Image(decode=False))
 
 
-def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
-    """Decode one photograph upright to sRGB. Raises UserError naming one that cannot be read.
+def open_image(record: dict, shrink_to: int | None = None, convert: Callable | None = None) -> Image.Image:
+    """Decode one photograph upright to sRGB, or as `convert` does. Raises UserError naming one that cannot be read.
 
     With `shrink_to` a JPEG may come out smaller, its shorter side still at least so many pixels: quick, for a check.
     """
@@ -1230,7 +1259,7 @@ def open_image(record: dict, shrink_to: int | None = None) -> Image.Image:
                 image.getexif().pop(ExifTags.Base.Orientation, None)  # the decoder has turned it already
             if shrink_to is not None:
                 image.draft("RGB", (shrink_to, shrink_to))
-            return to_srgb(ImageOps.exif_transpose(image), name)
+            return (convert or to_srgb)(ImageOps.exif_transpose(image), name)
     except UserError:
         raise
     except Exception as error:  # Pillow raises many kinds on damaged files
@@ -1273,6 +1302,29 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("L" if grey else "RGB")
     image = apply_profile(image, profile, name) if profile else image.convert("RGB")
     return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+
+
+def alpha_channel(image: Image.Image, name: str) -> Image.Image:
+    """How opaque an image is, from 0 to 255, in mode L."""
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def grey_mask(image: Image.Image, name: str) -> Image.Image:
+    """A mask in mode L. Raises UserError where there is more to it than grey."""
+    if alpha_channel(image, name).getextrema()[0] < 255:
+        raise UserError(f"{name} has transparent parts: a mask is grey, white where the subject is. See --alpha_mask.")
+    return to_srgb(image, name).convert("L")
+
+
+def open_mask(row: dict, args: argparse.Namespace) -> Image.Image | None:
+    """A photograph's mask in mode L, the subject white; all white where it has none; None without masks."""
+    if args.alpha_mask:
+        return open_image(row["image"], convert=alpha_channel)
+    if row.get("mask"):
+        return open_image(row["mask"], convert=grey_mask)
+    return Image.new("L", (1, 1), 255) if args.mask_dir else None
 
 
 def colours_without_profile(image: Image.Image) -> str | None:
@@ -1332,6 +1384,29 @@ def check_images(photographs: Sequence[dict], resolution: int) -> None:
         logger.warning(
             f"{small} of {len(photographs)} photographs are smaller than --resolution {resolution} and will be enlarged."
         )
+
+
+def check_masks(photographs: Sequence[dict], args: argparse.Namespace) -> None:
+    """Open every mask once, and refuse what shows nothing or does not fit its photograph. Raises UserError."""
+    darkest = 0 if args.mask_dir is None and not args.alpha_mask else 255
+    for row in photographs if darkest else ():
+        if args.alpha_mask or row["mask"]:
+            mask, source = open_mask(row, args), row["image"] if args.alpha_mask else row["mask"]
+            size = open_image(row["image"], shrink_to=args.resolution).size
+            check_mask(mask, size, source["path"] or "an image of the data set")
+            darkest = min(darkest, mask.getextrema()[0])
+    if darkest >= 128:
+        option = f"--mask_dir {args.mask_dir}" if args.mask_dir else "--alpha_mask"
+        raise UserError(f"{option}: the masks are white all over and would change nothing: leave the option out.")
+
+
+def check_mask(mask: Image.Image, size: tuple[int, int], name: str) -> None:
+    """Refuse a mask that shows nothing or has another shape than its photograph of `size`. Raises UserError."""
+    if mask.getextrema()[1] < 128:
+        raise UserError(f"{name} shows no subject: its mask is black all over.")
+    (width, height), (wide, high) = mask.size, size
+    if abs(width * high / (height * wide) - 1) > 0.05:  # a photograph opened for a check has its size rounded
+        raise UserError(f"{name} is {width} x {height}, which is not the shape of the photograph, {wide} x {high}.")
 
 
 def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> list[list[str]]:
@@ -1408,25 +1483,52 @@ class View:
     left: int
 
 
-def draw_view(size: tuple[int, int], args: argparse.Namespace, rng: np.random.Generator) -> View:
-    """Choose a part of a photograph of `size` (width, height) whose shorter side is resized to the resolution."""
+def draw_view(
+    size: tuple[int, int], args: argparse.Namespace, rng: np.random.Generator, mask: Image.Image | None = None
+) -> View:
+    """Choose a part of a photograph of `size` (width, height) whose shorter side is resized to the resolution.
+
+    With a mask one that shows at least half of the subject, if ten draws find it.
+    """
     spare_width, spare_height = (round(side * args.resolution / min(size)) - args.resolution for side in size)
-    flip = args.random_flip and rng.random() < 0.5
-    if args.center_crop:
-        return View(flip, spare_height // 2, spare_width // 2)
-    return View(flip, int(rng.integers(spare_height + 1)), int(rng.integers(spare_width + 1)))
+    for _ in range(1 if mask is None or args.center_crop else 10):
+        flip = args.random_flip and rng.random() < 0.5
+        if args.center_crop:
+            return View(flip, spare_height // 2, spare_width // 2)
+        view = View(flip, int(rng.integers(spare_height + 1)), int(rng.integers(spare_width + 1)))
+        if mask is None or subject_share(mask, view, args.resolution) >= 0.5:
+            break
+    return view
 
 
-def render_view(image: Image.Image, view: View, resolution: int) -> torch.Tensor:
-    """Cut the view out of an RGB image. Returns pixels (3, R, R) in [-1, 1]."""
+def subject_share(mask: Image.Image, view: View, resolution: int) -> float:
+    """How much of what the mask shows is in the view."""
+    side = min(mask.size)
+    whole = np.asarray(mask).mean() * mask.width * mask.height
+    return np.asarray(cut_view(mask, view, resolution)).mean() * side * side / whole
+
+
+def cut_view(image: Image.Image, view: View, resolution: int) -> Image.Image:
+    """Cut the view out of an image of any size that has the photograph's shape, and resize it to the resolution."""
     side = min(image.size)
     scale = side / resolution
     left, top = min(view.left * scale, image.width - side), min(view.top * scale, image.height - side)
     image = ImageOps.mirror(image) if view.flip else image
     # Resizing only the box costs the same for any shape of picture: a panorama is never enlarged as a whole.
     box = (left, top, left + side, top + side)
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+
+
+def render_view(image: Image.Image, view: View, resolution: int) -> torch.Tensor:
+    """Cut the view out of an RGB image. Returns pixels (3, R, R) in [-1, 1]."""
+    return torch.from_numpy(np.array(cut_view(image, view, resolution))).permute(2, 0, 1) / 127.5 - 1
+
+
+def render_mask(mask: Image.Image | None, view: View, resolution: int) -> dict[str, torch.Tensor]:
+    """How much of each of the view's pixels is the subject, (1, R, R) in [0, 1]; nothing without masks."""
+    if mask is None:
+        return {}
+    return {"mask": torch.from_numpy(np.array(cut_view(mask, view, resolution)))[None] / 255}
 
 
 def size_conditioning(size: tuple[int, int], view: View, resolution: int) -> dict[str, torch.Tensor]:
@@ -1454,10 +1556,12 @@ class TrainingExamples(torch.utils.data.Dataset):
         if self.cache is not None:
             return {"position": position, "prompt": prompt, **self.cache[index][rng.integers(len(self.cache[index]))]}
         image = open_image(self.photographs[index]["image"])
-        view = draw_view(image.size, self.args, rng)
+        mask = open_mask(self.photographs[index], self.args)
+        view = draw_view(image.size, self.args, rng, mask)
         sizes = size_conditioning(image.size, view, self.args.resolution)
         pixels = render_view(image, view, self.args.resolution)
-        return {"position": position, "prompt": prompt, "pixel_values": pixels, **sizes}
+        masks = render_mask(mask, view, self.args.resolution)
+        return {"position": position, "prompt": prompt, "pixel_values": pixels, **masks, **sizes}
 
 
 def cache_latents(model, photographs: Sequence[dict], seed: int, accelerator: Accelerator) -> list[list[dict]]:
@@ -1470,13 +1574,16 @@ def cache_latents(model, photographs: Sequence[dict], seed: int, accelerator: Ac
     share = range(accelerator.process_index, len(photographs), accelerator.num_processes)
     for index in tqdm(share, desc="Encoding photographs", leave=False, disable=not accelerator.is_main_process):
         rng = np.random.default_rng([seed, 3, index])
-        image = open_image(photographs[index]["image"])
-        views = dict.fromkeys(draw_view(image.size, args, rng) for _ in range(args.crops_per_image))
+        image, mask = open_image(photographs[index]["image"]), open_mask(photographs[index], args)
+        views = dict.fromkeys(draw_view(image.size, args, rng, mask) for _ in range(args.crops_per_image))
         examples = []
         for view in views:
             latents = model.encode_images(render_view(image, view, args.resolution)[None])
-            sizes = size_conditioning(image.size, view, args.resolution)
-            examples.append({**{name: x[0].cpu() for name, x in latents.items()}, **sizes})
+            latents = {name: x[0].cpu() for name, x in latents.items()}
+            masks = render_mask(mask, view, args.resolution)
+            grid = next(iter(latents.values())).shape[-2:]
+            masks = {name: F.adaptive_avg_pool2d(x, grid) for name, x in masks.items()}
+            examples.append({**latents, **masks, **size_conditioning(image.size, view, args.resolution)})
         encoded.append((index, examples))
     model.vae.to("cpu")
     free_memory()
@@ -1513,6 +1620,22 @@ def batches(
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy from the CPU. A plain `.to` would wait until a GPU has done all that it was given before."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def mean_over_subject(errors: torch.Tensor, batch: dict, background: float | None) -> torch.Tensor:
+    """The mean of a batch's errors (B, C, h, w) over the subject, or without masks over everything. A float32 scalar.
+
+    A latent position weighs w = m + background (1 - m), with m the share of it that the mask (B, 1, H, W) shows. Each
+    example's mean is sum(w e) / sum(w), so that a small subject counts as much as a large one.
+    """
+    if "mask" not in batch:
+        return errors.mean()
+    m = F.adaptive_avg_pool2d(batch["mask"], errors.shape[-2:])
+    w = m + background * (1 - m)
+    total = w.sum(dim=(1, 2, 3)).clamp(
+        min=torch.finfo(w.dtype).tiny
+    )  # zero where nothing of the subject is in the view
+    return ((w * errors).mean(dim=1).sum(dim=(1, 2)) / total).mean()
 
 
 def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
@@ -1697,7 +1820,7 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
         return {"mean": posterior.mean * scale, "std": posterior.std * scale}
 
     def loss(self, batch: dict) -> torch.Tensor:
-        """L_data: mean squared error of the UNet's prediction at uniform timesteps. A float32 scalar."""
+        """L_data: squared error of the UNet's prediction at uniform timesteps, its mean by the masks. A float32 scalar."""
         posterior = batch if "mean" in batch else self.encode_images(batch["pixel_values"])
         mean, generators, scheduler = posterior["mean"], batch["generators"], self.noise_scheduler
         latents = mean + posterior["std"] * draw_normal(mean, generators)
@@ -1711,7 +1834,8 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
         prediction = self.predict(noisy, timesteps, batch)
         if scheduler.config.prediction_type == "v_prediction":
             noise = scheduler.get_velocity(latents, noise, timesteps)
-        return F.mse_loss(prediction.float(), noise)
+        errors = F.mse_loss(prediction.float(), noise, reduction="none")
+        return mean_over_subject(errors, batch, self.args.mask_background)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict) -> torch.Tensor:
         """The UNet's prediction (B, 4, R/8, R/8) for noisy latents with the batch's prompts, sizes and crops."""
@@ -2538,6 +2662,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     prompts = prompts_by_image(photographs, args)
     check_prompts(model, prompts, num_vectors)
     check_images(photographs, args.resolution)
+    check_masks(photographs, args)
     repository = prepare_repository(args, accelerator)
     checkpoint = choose_checkpoint(args, num_vectors)
     seed = choose_seed(args, checkpoint)

@@ -69,7 +69,7 @@ from generate import (
 )
 from generate import number as at_least
 from generate import read_prompts as read_lines
-from pictures import check_apart, open_picture, pictures_in
+from pictures import check_apart, open_mask, open_picture, pictures_in, same_name
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rescale import chosen_magnitudes, magnitude_rule, magnitudes, model_family, one_line, rescale
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
@@ -460,18 +460,22 @@ def read_references(folder: Path, masks: Path | None = None) -> tuple[list[Image
     pictures = [open_picture(path) for path in files]
     if masks is None:
         return pictures, pictures
-    by_stem = {path.stem: path for path in pictures_in(masks, "--masks")}
-    if not any(path.stem in by_stem for path in files):
+    by_name = {same_name(path.stem): path for path in pictures_in(masks, "--masks")}
+    found = [by_name.get(same_name(path.stem)) for path in files]
+    without = [path.name for path, mask in zip(files, found, strict=True) if mask is None]
+    if len(without) == len(files):
         raise UserError(f"--masks {masks} has no mask named as a picture of {folder}, such as {files[0].stem}.png.")
+    if without:
+        print(f"Note: without a mask, and scored as a whole: {', '.join(without)}", file=sys.stderr)
+    pairs = zip(pictures, found, strict=True)
     return pictures, [
-        blacked_out(picture, open_picture(by_stem[path.stem])) if path.stem in by_stem else picture
-        for path, picture in zip(files, pictures, strict=True)
+        picture if mask is None else blacked_out(picture, open_mask(mask, picture)) for picture, mask in pairs
     ]
 
 
 def blacked_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """The picture, black where the mask is dark."""
-    inside = mask.convert("L").resize(picture.size, Image.NEAREST).point(lambda value: 255 * (value >= 128))
+    inside = mask.resize(picture.size, Image.NEAREST).point(lambda value: 255 * (value >= 128))
     return Image.composite(picture, Image.new("RGB", picture.size), inside)
 
 

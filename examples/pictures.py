@@ -10,6 +10,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import train_dti_sdxl as training  # noqa: E402
+from train_dti_sdxl import same_name  # noqa: E402, F401
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -26,6 +27,16 @@ def pictures_in(folder: Path, option: str) -> list[Path]:
         return training.find_images(folder, option)
     except training.UserError as error:
         raise UserError(str(error)) from None
+
+
+def open_mask(path: Path, picture: Image.Image) -> Image.Image:
+    """A picture's mask in grey, white where the subject is. Raises UserError for one that does not fit it."""
+    try:
+        mask = training.open_image({"path": str(path), "bytes": None}, convert=training.grey_mask)
+        training.check_mask(mask, picture.size, str(path))
+    except training.UserError as error:
+        raise UserError(str(error)) from None
+    return mask
 
 
 def check_apart(output_dir: Path, folder: Path) -> None:

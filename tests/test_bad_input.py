@@ -71,6 +71,14 @@ def bad(small, tmp_path, monkeypatch):
             shutil.copytree(small / "photos", target)
             for file, text in TEXTS[name].items():
                 (target / file).write_bytes(text.encode("utf-16" if name == "utf16" else "utf-8"))
+        elif name.endswith("masks"):
+            for photo in target.mkdir() or sorted((small / "photos").iterdir()):
+                size = (90, 30) if name == "wide_masks" else Image.open(photo).size
+                mask = Image.new("L", size, 255 * (name == "white_masks"))
+                mask.paste(255 * (name != "black_masks"), (9, 9, 30, 30))
+                if name == "alpha_masks":
+                    mask.putalpha(mask.copy())
+                mask.save(target / f"{'mask-' * (name == 'other_masks')}{photo.name}")
         elif name == "latin1_name":
             shutil.copytree(small / "photos", target)
             os.rename(target / "00.png", os.fsencode(target) + b"/caf\xe9.png")
@@ -197,6 +205,21 @@ CASES = [
     ),
     ({"instance_data_dir": "@long"}, "the new word is not among them"),
     ({"caption_column": "text"}, "--caption_column text: .* has no metadata"),
+    ({"mask_dir": "@masks", "alpha_mask": True}, "--mask_dir and --alpha_mask both say where the masks are"),
+    ({"mask_background": 0.2}, "--mask_background 0.2 needs masks"),
+    ({"mask_dir": "@masks", "mask_background": 1}, "--mask_background 1 must be below 1"),
+    ({"mask_dir": "@none"}, "--mask_dir .*none does not exist"),
+    ({"mask_dir": "@other_masks"}, "--mask_dir .* has no mask named as a photograph, such as 00.png"),
+    ({"mask_dir": "@black_masks"}, "00.png shows no subject: its mask is black all over"),
+    ({"mask_dir": "@white_masks"}, "the masks are white all over and would change nothing"),
+    ({"mask_dir": "@wide_masks"}, "00.png is 90 x 30, which is not the shape of the photograph"),
+    ({"mask_dir": "@alpha_masks"}, "00.png has transparent parts: a mask is grey"),
+    ({"instance_data_dir": "@photos", "mask_dir": "@photos"}, "--mask_dir .*photos is the photographs' folder"),
+    ({"alpha_mask": True}, "--alpha_mask: the masks are white all over"),
+    (
+        {"instance_data_dir": None, "dataset_name": "@images_and_text", "mask_dir": "@masks"},
+        "--mask_dir is for --instance_data_dir",
+    ),
     ({"prompt_templates": "@templates"}, "--prompt_templates .* 'a photo of it' has no {}"),
     ({"placeholder_token": ""}, "--placeholder_token '' is empty"),
     ({"placeholder_token": "my pot"}, "--placeholder_token 'my pot' has spaces.*'my-pot'"),

@@ -26,6 +26,8 @@ def data_options(folder=None, **changes) -> argparse.Namespace:
         "caption_column": None,
         "caption_extension": None,
         "no_captions": False,
+        "mask_dir": None,
+        "alpha_mask": False,
         "initializer_token": None,
         "hub_token": None,
         "prompt_templates": None,

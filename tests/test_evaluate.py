@@ -149,7 +149,7 @@ def test_batches_do_not_change_scores(judges):
     assert torch.allclose(one["logit"], many["logit"], atol=1e-5)
 
 
-def test_masks_black_out_the_background(tmp_path):
+def test_masks_black_out_the_background(tmp_path, capsys):
     (tmp_path / "photos").mkdir(), (tmp_path / "masks").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (40, 20), (200, 100, 50)).save(tmp_path / "photos" / f"{name}.png")
@@ -161,6 +161,10 @@ def test_masks_black_out_the_background(tmp_path):
     pixels = np.asarray(scored[0])
     assert (pixels[:, :20] == (200, 100, 50)).all() and (pixels[:, 20:] == 0).all()
     assert np.array_equal(np.asarray(scored[1]), np.asarray(shown[1]))  # it has no mask
+    assert "without a mask, and scored as a whole: b.png" in capsys.readouterr().err
+    Image.new("L", (20, 10), 255).rotate(90, expand=True).save(tmp_path / "masks" / "a.jpg")
+    with pytest.raises(UserError, match="a.jpg is 10 x 20, which is not the shape of the photograph, 40 x 20"):
+        evaluate.read_references(tmp_path / "photos", tmp_path / "masks")
 
 
 # Prompts
