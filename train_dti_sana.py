@@ -775,12 +775,6 @@ class ExtendedEmbedding(torch.nn.Module):
         return torch.where(is_new.unsqueeze(-1), new, known)
 
 
-# Copied from train_dti_sdxl.placeholder_names
-def placeholder_names(placeholder: str, num_vectors: int) -> list[str]:
-    """The tokens that stand for the vectors, as diffusers' loader names them: <x>, <x>_1, <x>_2 ..."""
-    return [placeholder, *(f"{placeholder}_{index}" for index in range(1, num_vectors))]
-
-
 # Copied from train_dti_sdxl.initializer_ids
 def initializer_ids(tokenizer, initializer: str) -> list[int]:
     """Token ids of the initializer text. Raises UserError where the vocabulary has no words for it."""
@@ -817,7 +811,10 @@ def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int) -> int
         raise UserError(
             f"{num_vectors} vectors do not fit the {read} tokens of a prompt that the encoders read: use fewer."
         )
-    names = placeholder_names(placeholder, num_vectors)
+    names = [
+        placeholder,
+        *(f"{placeholder}_{index}" for index in range(1, num_vectors)),
+    ]  # as diffusers' loader has them
     vocabulary = tokenizer.get_vocab()
     owner = re.sub(r"_\d+$", "", placeholder)
     taken = [name for name in (*names, f"{placeholder}_1") if name in vocabulary]
@@ -2114,13 +2111,6 @@ def save_options(args: argparse.Namespace, derived: dict) -> None:
     write_file(args.output_dir / "training_options.json", f"{text}\n".encode())
 
 
-# What a checkpoint must have in common with the run that goes on from it. Other options may be changed on the way.
-IDENTITY = (
-    *("model", "placeholder_token", "vectors", "magnitude", "optimizer", "init", "kappa", "reg_weight", "seed"),
-    *("rank", "lora_alpha", "lora_target_modules"),
-)
-
-
 # Copied from train_dti_sdxl.Checkpoint
 @dataclass
 class Checkpoint:
@@ -2133,19 +2123,17 @@ class Checkpoint:
 
 # Copied from train_dti_sdxl.run_identity
 def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -> dict:
-    options = {name: getattr(args, name) for name in IDENTITY if hasattr(args, name)}
+    """What a checkpoint must have in common with the run that goes on from it. Other options may be changed on the way."""
+    names = ("placeholder_token", "magnitude", "optimizer", "init", "kappa", "reg_weight")
+    names += ("rank", "lora_alpha", "lora_target_modules")
+    options = {name: getattr(args, name) for name in names}
     return {**options, "model": model_name(args), "vectors": num_vectors, "seed": seed}
-
-
-# Copied from train_dti_sdxl.checkpoint_folder
-def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    return output_dir / f"checkpoint-{step}"
 
 
 # Copied from train_dti_sdxl.save_checkpoint
 def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Write checkpoint-<step> under a temporary name and rename it; then remove the oldest beyond the limit."""
-    folder = checkpoint_folder(args.output_dir, checkpoint.step)
+    folder = args.output_dir / f"checkpoint-{checkpoint.step}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -2166,22 +2154,20 @@ def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-# Copied from train_dti_sdxl.read_checkpoint
-def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read a checkpoint; None, with a message, where it is incomplete or damaged."""
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(state["step"], load_file(folder / "state.safetensors"), state)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        logger.warning(f"{folder} is incomplete or damaged and is passed over ({type(error).__name__}).")
-        return None
-
-
 # Copied from train_dti_sdxl.find_checkpoints
 def find_checkpoints(output_dir: Path) -> list[tuple[Path, Checkpoint]]:
-    """The sound checkpoints of a folder, the one written last first: not the highest step, for that may be an older run's."""
-    found = [(folder, read_checkpoint(folder)) for folder in output_dir.glob("checkpoint-*") if folder.is_dir()]
-    return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1].state["written"], reverse=True)
+    """The sound checkpoints of a folder, the one written last first: not the highest step, for that may be an older run's.
+
+    One that is incomplete or damaged is passed over with a message.
+    """
+    sound = []
+    for folder in filter(Path.is_dir, output_dir.glob("checkpoint-*")):
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            sound.append((folder, Checkpoint(state["step"], load_file(folder / "state.safetensors"), state)))
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            logger.warning(f"{folder} is incomplete or damaged and is passed over ({type(error).__name__}).")
+    return sorted(sound, key=lambda pair: pair[1].state["written"], reverse=True)
 
 
 # Copied from train_dti_sdxl.choose_checkpoint
@@ -2631,12 +2617,6 @@ def make_optimizer(tokens: list[LearnedToken], args: argparse.Namespace) -> torc
     return TokenAdamW(groups, lr=args.learning_rate, kappa=args.kappa, **adamw)
 
 
-# Copied from train_dti_sdxl.distance_to_start
-def distance_to_start(tokens: list[LearnedToken]) -> torch.Tensor:
-    """Mean squared distance between embedding and start, summed over the encoders (CrossInit's regularisation)."""
-    return sum(F.mse_loss(token.embedding(), token.start) for token in tokens)
-
-
 # Copied from train_dti_sdxl.Training
 class Training:
     """What changes from step to step, for the loop to advance and for checkpoints to hold."""
@@ -2792,7 +2772,7 @@ def leave(accelerator: Accelerator, step: int, args: argparse.Namespace) -> None
     if accelerator.is_main_process:
         tqdm.write(
             f"Stopped after step {step} of {args.max_train_steps}. The same command with --resume_from_checkpoint latest"
-            f" goes on from {checkpoint_folder(args.output_dir, step)}.",
+            f" goes on from {args.output_dir / f'checkpoint-{step}'}.",
             file=sys.stderr,
         )
     accelerator.end_training()
@@ -2877,8 +2857,9 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         for _ in range(args.gradient_accumulation_steps):
             loss = model.loss(next(data))
             training.losses.append(loss.detach())
-            if args.reg_weight:
-                loss = loss + args.reg_weight * distance_to_start(model.tokens)
+            if args.reg_weight:  # CrossInit's
+                distances = (F.mse_loss(token.embedding(), token.start) for token in model.tokens)
+                loss = loss + args.reg_weight * sum(distances)
             accelerator.backward(loss / args.gradient_accumulation_steps)
         learning_rate = training.lr_scheduler.get_last_lr()[0]
         training.step()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_dti_sd
+import yaml
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from export import Embedding, write_embedding
@@ -176,3 +177,9 @@ def test_every_link_within_the_project_leads_somewhere(page):
         assert file.exists(), target
         if anchor:
             assert anchor in anchors((file / "README.md" if file.is_dir() else file).read_text()), target
+
+
+def test_github_runs_what_a_change_must_pass():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert {"run": ".ci/run"} in workflow["jobs"]["test"]["steps"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
