@@ -1992,13 +1992,14 @@ class Sana:
             given += f", height={args.resolution}, width={args.resolution}, use_resolution_binning=False"
         return f"""
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, __version__
 
+dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
 pipe = DiffusionPipeline.from_pretrained(
     {model},
     custom_pipeline={json.dumps(repository or str(self.pipeline_file))},  # SanaPipeline and load_textual_inversion
     trust_remote_code=True,
-    torch_dtype={dtype},
+    **dtype,
 ).to("{device.type}")
 pipe.load_textual_inversion({folder}){lora}
 pipe({prompt}{given}).images[0].save("picture.png")

@@ -1883,15 +1883,16 @@ Download [`{file}`]({url}). The file's name is the word, so keep it.
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
         return f"""
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, __version__
 
-pipe = StableDiffusionXLPipeline.from_pretrained({model}, torch_dtype={dtype}).to("{device.type}")
+dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
+pipe = StableDiffusionXLPipeline.from_pretrained({model}, **dtype).to("{device.type}")
 pipe.load_textual_inversion({folder})
 pipe.load_textual_inversion(
     {folder}, weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
 ){lora}
-# Without this line the pooled text embedding is read at the new word, and what the prompt says after it is lost to it.
-pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+# Works around diffusers #10754: otherwise SDXL's pooled text embedding is read at the new word, not at the prompt's end.
+pipe.text_encoder_2.config.eos_token_id = pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 pipe({prompt}).images[0].save("picture.png")
 """
 

@@ -1,13 +1,14 @@
 """SanaPipeline with `load_textual_inversion` and `unload_textual_inversion`, which diffusers' own class does not have.
 
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, __version__
 
+    dtype = {"dtype" if __version__ >= "0.40" else "torch_dtype": torch.bfloat16}  # diffusers 0.40 renamed it
     pipe = DiffusionPipeline.from_pretrained(
         "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
         custom_pipeline="examples/pipeline_sana_textual_inversion.py",
         trust_remote_code=True,  # diffusers asks for it also where the file is on this computer
-        torch_dtype=torch.bfloat16,
+        **dtype,
     ).to("cuda")
     pipe.load_textual_inversion("out/my-dog")  # learned_embeds.safetensors, of one vector or several
     pipe("a photo of a <my-dog> on the beach").images[0].save("beach.png")

@@ -108,9 +108,10 @@ class StableDiffusion(StableDiffusionXL):
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
         return f"""
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, __version__
 
-pipe = StableDiffusionPipeline.from_pretrained({model}, torch_dtype={dtype}).to("{device.type}")
+dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
+pipe = StableDiffusionPipeline.from_pretrained({model}, **dtype).to("{device.type}")
 pipe.load_textual_inversion({folder}){lora}
 pipe({prompt}).images[0].save("picture.png")
 """
