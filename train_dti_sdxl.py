@@ -29,19 +29,21 @@ Riemannian SGD on the unit sphere with a von Mises-Fisher prior towards the clas
 
 Written to --output_dir: `learned_embeds.safetensors` and `learned_embeds_2.safetensors` for `pipe.load_textual_inversion`,
 `<placeholder>.safetensors` for ComfyUI, AUTOMATIC1111 and the like, with --rank `pytorch_lora_weights.safetensors` for
-`pipe.load_lora_weights`, `training_curves.png`, `training_options.json`, and `validation-*.png` for each
---validation_prompt. The lines that load the result are printed at the end.
+`pipe.load_lora_weights` and `<placeholder>-lora.safetensors` for the others, `training_curves.png`,
+`training_options.json`, and `validation-*.png` for each --validation_prompt. The lines that load the result are printed at the end.
 
 Sections: 1 options and checks, 2 sphere, 3 token and LoRA, 4 data, 5 Stable Diffusion XL, 6 saving and sharing, 7 validation and
 logging, 8 main.
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import datetime
 import difflib
 import functools
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -94,7 +96,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -755,7 +757,7 @@ def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int) -> int
         raise UserError(f'{option} is empty: give a new word, such as "<my-dog>".')
     if re.search(r"\s", placeholder):
         raise UserError(f"{option} has spaces in it: write {'-'.join(placeholder.split())!r}.")
-    if web_name(placeholder).lower() in model.embedding_files:
+    if web_name(placeholder).lower() in (*model.embedding_files, Path(LORA_FILE).stem):
         raise UserError(f"{option}: the file {web_name(placeholder)}.safetensors is diffusers': choose another.")
     if len(web_name(placeholder).encode()) > 200:  # of the 255 bytes of a file name; the step and suffixes follow
         raise UserError(f"{option} is too long for the name of a file: shorten it.")
@@ -836,9 +838,11 @@ def read_warm_start(model, path: Path, widths: list[int]) -> list[torch.Tensor]:
         elif len(state) == 1:
             others = [path.name.replace(first_file, name, 1) for name in other_files]
             rows = [x for file in (path, *map(path.with_name, others)) for x in load_file(file).values()]
+        elif any(re.search(r"(^|[._])lora[._].*\.", key) for key in state):
+            raise UserError(f"{option} holds LoRA weights and no embedding: give the folder or file of the embedding.")
         else:
-            wanted = " and ".join(model.web_keys)
-            raise UserError(f"{option} has the keys {', '.join(state)}: it needs {wanted}, or exactly one.")
+            wanted, keys = " and ".join(model.web_keys), ", ".join(list(state)[:5]) + ", ..." * (len(state) > 5)
+            raise UserError(f"{option} has the keys {keys}: it needs {wanted}, or exactly one.")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{option} cannot be read as safetensors: {error}") from None
     rows = [torch.atleast_2d(row) for row in rows]
@@ -1686,12 +1690,41 @@ class StableDiffusionXL:
     card_tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
     hub_code = {}  # code to upload with the embedding: none, a stock pipeline loads it
     web_use = """\
-Download [`{file}`]({url}). The file's name is the word, so keep it.
+Download [`{file}`]({url}). Its name is the word there, so keep it.
 
-- ComfyUI: put it into `models/embeddings` and write `embedding:{name}` in the prompt.
-- AUTOMATIC1111, Forge: put it into `embeddings` and write `{name}`.
-- InvokeAI: add it in the model manager and write `<{name}>`.
+| tool | folder | word in the prompt |
+| --- | --- | --- |
+| ComfyUI, Fooocus | `models/embeddings` | `embedding:{name}`, then a space or a comma: `embedding:{name}.` is not found |
+| AUTOMATIC1111, Forge | `embeddings` | `{name}` |
+| SD.Next | `models/embeddings` | `{name}` |
+| InvokeAI | add it in the model manager | `<{name}>` |
 """
+    web_note = """
+InvokeAI and SD.Next read SDXL's pooled text embedding at the new word, as diffusers does without the `eos_token_id` line:
+what the prompt says after the word counts less there. ComfyUI and Forge read it at the end of the prompt.
+"""
+    web_lora_use = """
+The LoRA weights for these tools are [`{file}`]({url}).
+
+| tool | folder | use |
+| --- | --- | --- |
+| ComfyUI, Fooocus | `models/loras` | a `Load LoRA` node, or the list of LoRAs |
+| AUTOMATIC1111, Forge, SD.Next | `models/Lora` | `<lora:{name}:1>` in the prompt |
+| InvokeAI | add it in the model manager | the list of LoRAs |
+"""
+    web_spelling = "; in ComfyUI embedding:{name}, in AUTOMATIC1111, Forge and SD.Next {name}"
+    # Names of the web tools' file that a tool cannot use as a word, and what it does then.
+    web_limits = (
+        (r"[^a-zA-Z0-9., _-]", "InvokeAI finds only words of a-z, A-Z, 0-9, '.', '_' and '-', so it ignores <{name}>"),
+        (r"\b(BREAK|AND)\b", "AUTOMATIC1111 and Forge read {found} as a command, so they ignore {name}"),
+        (r"^(?!BREAK$|AND$)[^\W\d_]+$", 'AUTOMATIC1111, Forge and SD.Next replace every "{name}" in a prompt'),
+    )
+    # Without the base model's version AUTOMATIC1111 takes LoRA weights for Stable Diffusion 1's and hides them from SDXL.
+    kohya_metadata = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora",
+        "ss_v2": "False",
+    }
 
     # What --preset stands for, by optimizer: found in the miniature world (examples/presets), the paper's settings, and
     # those that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
@@ -1906,11 +1939,35 @@ MODEL_CLASS = StableDiffusionXL
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+# Windows opens a device where a file is called so, whatever its suffix.
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 
 
 def web_name(placeholder: str) -> str:
-    """The placeholder as a file name on any system: the web tools take the name of the file for the trigger."""
-    return re.sub(r"[^\w.+-]+", "", placeholder).strip(".") or "embedding"
+    """The placeholder as a file name on any system, for the web tools take the file's name for the word.
+
+    It is the placeholder without its angle brackets. Where a file cannot be called so, a few digits of its hash follow, so
+    that no other placeholder has the same name.
+    """
+    bare = placeholder[1:-1] if placeholder.startswith("<") and placeholder.endswith(">") else placeholder
+    name = re.sub(r"[^\w.+-]+", "", bare).strip(".")
+    if name and name == bare and not WINDOWS_DEVICES.fullmatch(name):
+        return name
+    return f"{name.replace('.', '-') or 'word'}-{hashlib.sha256(placeholder.encode()).hexdigest()[:6]}"
+
+
+def name_notes(model) -> list[str]:
+    """One line for each tool that reads the new word's files and cannot take the word, with a better one proposed."""
+    word, name = model.args.placeholder_token, web_name(model.args.placeholder_token)
+    ascii_text = unicodedata.normalize("NFKD", model.args.initializer_token or word).encode("ascii", "ignore").decode()
+    better = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-").removeprefix("my-")
+    notes = []
+    if word not in (name, f"<{name}>"):
+        notes.append(f"no file can have this name on every system, so the web tools' word is {name}")
+    for pattern, note in model.web_limits:
+        if found := re.search(pattern, name):
+            notes.append(note.format(name=name, found=found[0]))
+    return [f"--placeholder_token {word}: {note}. <my-{better or 'word'}> avoids this." for note in notes]
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -1919,15 +1976,24 @@ def model_name(args: argparse.Namespace) -> str:
     return Path(name).resolve().name if os.path.exists(name) else name
 
 
-def file_metadata(model, step: int) -> dict[str, str]:
-    """What model sites and people read in the file's header, by the modelspec standard."""
-    args = model.args
+def file_metadata(model, step: int, about: dict[str, str], lora: bool = False) -> dict[str, str]:
+    """What model sites and people read in a file's header, by the modelspec standard; `about` has more of it."""
+    args, word, name = model.args, model.args.placeholder_token, web_name(model.args.placeholder_token)
+    what = f"{word} is a new word for {model_name(args)}, learned by Directional Textual Inversion (arXiv 2512.13672)."
+    hint = f"Write {word} in the prompt{model.web_spelling.format(name=name)}."
+    if lora:
+        what = f"LoRA weights for {model_name(args)}, trained with the word {word} (arXiv 2512.13672)."
+        hint = f"Load the word's embedding too. {hint}"
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{model.architecture}/textual-inversion",
-        "modelspec.title": web_name(args.placeholder_token),
-        "modelspec.trigger_phrase": args.placeholder_token,
+        "modelspec.architecture": f"{model.architecture}/{'lora' if lora else 'textual-inversion'}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"{name}-lora" if lora else name,
+        "modelspec.description": what,
+        "modelspec.usage_hint": hint,
+        "modelspec.trigger_phrase": word,
         "modelspec.date": datetime.date.today().isoformat(),
+        **about,
         "dti.base_model": model_name(args),
         "dti.steps": str(step),
         **{f"dti.{k}": str(getattr(args, k)) for k in METHOD_OPTIONS},
@@ -1951,38 +2017,66 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    write_file(path, save(tensors, metadata={"format": "pt", **metadata}))
+    """Write a safetensors file, whose metadata get modelspec's hash of all that follows them. Raises UserError."""
+    content = save(tensors)
+    digest = hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    write_file(path, save(tensors, metadata={"format": "pt", **metadata, "modelspec.hash_sha256": f"0x{digest}"}))
 
 
-def save_embeddings(model, step: int, suffix: str = "") -> None:
+def save_embeddings(model, metadata: dict[str, str], suffix: str = "") -> None:
     """Write each encoder's (n, d) float32 embeddings to a file for diffusers, and all of them to one for the web tools."""
-    args, metadata = model.args, file_metadata(model, step)
-    rows = [token.embedding().detach().cpu().clone() for token in model.tokens]
+    args, rows = model.args, [token.embedding().detach().cpu().clone() for token in model.tokens]
     for name, embedding in zip(model.embedding_files, rows, strict=True):
         save_tensors({args.placeholder_token: embedding}, args.output_dir / f"{name}{suffix}.safetensors", metadata)
     web_file = args.output_dir / f"{web_name(args.placeholder_token)}{suffix}.safetensors"
     save_tensors(dict(zip(model.web_keys, rows, strict=True)), web_file, metadata)
 
 
-def save_adapters(model, suffix: str = "") -> None:
-    """Write what `pipe.load_lora_weights` reads: float32 weights, with rank and alpha in the file's header."""
+def to_kohya(state: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """PEFT's LoRA weights of a denoiser, `down_blocks.1.[...].lora_A.weight`, in the naming of kohya's scripts.
+
+    That is `lora_unet_down_blocks_1_[...].lora_down.weight` and `.lora_up.weight`, whatever the denoiser is, with an `.alpha`
+    for each layer. diffusers' convert_state_dict_to_kohya writes the rank for alpha.
+    """
+    kohya = {}
+    for key, x in state.items():
+        layer, letter = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        kohya[f"{name}.lora_{'down' if letter == 'A' else 'up'}.weight"] = x.contiguous()
+        kohya[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return kohya
+
+
+def save_adapters(model, metadata: dict[str, str], suffix: str = "") -> None:
+    """Write the float32 LoRA weights twice: for `pipe.load_lora_weights`, and in kohya's naming for the web tools.
+
+    alpha stands in the header of the first, where only diffusers looks, and in the second beside each layer.
+    """
+    args, state = model.args, get_peft_model_state_dict(model.denoiser)
     options = {
-        f"{model.denoiser_name}_lora_layers": get_peft_model_state_dict(model.denoiser),
+        f"{model.denoiser_name}_lora_layers": state,
         f"{model.denoiser_name}_lora_adapter_metadata": model.denoiser.peft_config["default"].to_dict(),
     }
     with tempfile.TemporaryDirectory() as folder:
         model.pipeline_class.save_lora_weights(folder, **options)
-        content = (Path(folder) / LORA_FILE).read_bytes()
-    write_file(model.args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), content)
+        with safe_open(Path(folder) / LORA_FILE, "pt") as file:
+            header = file.metadata()
+        tensors = load_file(Path(folder) / LORA_FILE)
+    save_tensors(tensors, args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), {**header, **metadata})
+    network = {"ss_network_dim": str(args.rank), "ss_network_alpha": f"{args.lora_alpha:g}"}
+    web_file = args.output_dir / f"{web_name(args.placeholder_token)}-lora{suffix}.safetensors"
+    kohya_metadata = {**model.kohya_metadata, **network} if model.kohya_metadata else {}
+    save_tensors(to_kohya(state, args.lora_alpha), web_file, {**metadata, **kohya_metadata})
 
 
-def save_result(model, step: int, suffix: str = "") -> None:
+def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> None:
     """Write the embeddings, and the adapters if there are any; an earlier run's do not belong to these embeddings."""
-    save_embeddings(model, step, suffix)
+    save_embeddings(model, file_metadata(model, step, about), suffix)
     if model.args.rank:
-        save_adapters(model, suffix)
+        save_adapters(model, file_metadata(model, step, about, lora=True), suffix)
     elif not suffix:
-        (model.args.output_dir / LORA_FILE).unlink(missing_ok=True)
+        for name in (LORA_FILE, f"{web_name(model.args.placeholder_token)}-lora.safetensors"):
+            (model.args.output_dir / name).unlink(missing_ok=True)
 
 
 def save_options(args: argparse.Namespace, derived: dict) -> None:
@@ -2188,10 +2282,19 @@ def card_data(args: argparse.Namespace, widget: list[dict] | None = None) -> Mod
     )
 
 
+def other_tools(model, repository: str) -> str:
+    """The card's section on the web tools: where each file goes, and how to write the word."""
+    name, texts = web_name(model.args.placeholder_token), []
+    for text, stem in [(model.web_use, name)] + [(model.web_lora_use, f"{name}-lora")] * bool(model.args.rank):
+        url = f"https://huggingface.co/{repository}/resolve/main/{quote(stem)}.safetensors"
+        texts.append(text.format(name=stem, file=f"{stem}.safetensors", url=url))
+    return "".join([*texts, model.web_note])
+
+
 def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> ModelCard:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
     args, name = model.args, web_name(model.args.placeholder_token)
-    data, url = card_data(args, widget), f"https://huggingface.co/{repository}/resolve/main/{quote(name)}.safetensors"
+    data = card_data(args, widget)
     base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
     if data.base_model is None:
         base, hint = f"`{model_name(args)}`", f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
@@ -2221,7 +2324,7 @@ Write `{args.placeholder_token}` where the prompt names the subject.
 {hint}
 ## Use it in other tools
 
-{model.web_use.format(name=name, file=f"{name}.safetensors", url=url)}
+{other_tools(model, repository)}
 ## Training
 
 | | |
@@ -2249,8 +2352,9 @@ def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image
     args, folder = model.args, model.args.output_dir / "hub"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "samples").mkdir(parents=True)
-    embeddings = [f"{name}.safetensors" for name in (*model.embedding_files, web_name(args.placeholder_token))]
-    names = [*embeddings, *[LORA_FILE] * bool(args.rank), "training_curves.png"]
+    names = [f"{name}.safetensors" for name in (*model.embedding_files, web_name(args.placeholder_token))]
+    names += [LORA_FILE, f"{web_name(args.placeholder_token)}-lora.safetensors"] * bool(args.rank)
+    names += ["training_curves.png"]
     for name, source in {**{name: args.output_dir / name for name in names}, **model.hub_code}.items():
         shutil.copyfile(source, folder / name)
     (folder / "training_options.json").write_text(shareable_options(args), encoding="utf-8")
@@ -2282,7 +2386,7 @@ def share(model, repository: str, derived: dict, rows: list[list[Image.Image]], 
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            delete_patterns=["samples/*", LORA_FILE],
+            delete_patterns=["samples/*", LORA_FILE, f"{web_name(args.placeholder_token)}-lora.safetensors"],
             commit_message=f"{args.placeholder_token} after {args.max_train_steps} steps",
         )
     except Exception as error:  # as in open_repository
@@ -2332,6 +2436,14 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list
             tracker.log_images({"validation": list(images)}, step=step)
     tqdm.write(f"Step {step}: {path}")
     return rows
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """The picture as modelspec wants it: a JPEG of at most 256 pixels in a data URI."""
+    small = picture.convert("RGB")
+    small.thumbnail((256, 256))
+    small.save(content := io.BytesIO(), format="jpeg", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
@@ -2462,6 +2574,8 @@ def prepare_placeholder(model) -> tuple[int, list[int], list[torch.Tensor | None
             )
         count = len(warm_start[0])
     first_ids = [add_placeholder(model, tokenizer, args.placeholder_token, count) for tokenizer in tokenizers]
+    for note in name_notes(model):
+        logger.warning(note)
     return count, first_ids, warm_start
 
 
@@ -2682,6 +2796,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         "photographs": len(photographs),
         "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
         "vectors": num_vectors,
+        "web_file": f"{web_name(args.placeholder_token)}.safetensors",
         "lora": adapters.description if adapters else "none",
         "magnitudes": [token.magnitude or "free" for token in model.tokens],
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
@@ -2696,6 +2811,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         accelerator.init_trackers("dti", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
     # Loop.
+    about = {"modelspec.author": repository.split("/")[0]} if repository else {}
     identity = run_identity(args, num_vectors, seed)
     steps = range(first_step, args.max_train_steps + 1)
     progress = tqdm(
@@ -2726,7 +2842,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         if stop:
             leave(accelerator, step, args)
         if accelerator.is_main_process and args.save_steps and step % args.save_steps == 0 and not last:
-            save_result(model, step, suffix=f"-steps-{step}")
+            save_result(model, step, about, suffix=f"-steps-{step}")
         if accelerator.is_main_process and args.validation_prompt and step % args.validation_steps == 0 and not last:
             validate(model, accelerator, seed, step)
     interruption.in_loop = False
@@ -2735,10 +2851,12 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     pictures = []
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_result(model, args.max_train_steps)
+        save_result(model, args.max_train_steps, about)
         training.history.plot(args.output_dir / "training_curves.png")
         if args.validation_prompt:
             pictures = validate(model, accelerator, seed, args.max_train_steps)
+            about["modelspec.thumbnail"] = thumbnail(pictures[0][0])
+            save_result(model, args.max_train_steps, about)  # as before, with the picture in the files' headers
         report_skipped(training)
         print(f"\nSaved to {args.output_dir}. To use it:\n{model.loading_snippet(device, dtype)}")
     accelerator.end_training()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a learned embedding between the formats of diffusers, ComfyUI, AUTOMATIC1111, OneTrainer and others.
+"""Convert a learned embedding and its LoRA weights between the formats of diffusers, ComfyUI, AUTOMATIC1111 and others.
 
     python examples/export.py out/my-dog --output_dir for-the-web-ui --format web a1111
     python examples/export.py downloads/my-dog.pt --output_dir out/my-dog --format diffusers --token "<my-dog>"
@@ -7,10 +7,14 @@
 The input is a run's output folder or one file; of SDXL's pair either file will do, its partner beside it is found. Formats:
 
     diffusers  learned_embeds.safetensors, SDXL: and learned_embeds_2.safetensors, for `pipe.load_textual_inversion`
+               LoRA: pytorch_lora_weights.safetensors, for `pipe.load_lora_weights`
     web        <token>.safetensors: SDXL clip_l and clip_g, Stable Diffusion 1 and 2 emb_params (ComfyUI, AUTOMATIC1111, Forge,
                InvokeAI); SANA gemma (OneTrainer)
+               LoRA: <token>-lora.safetensors, in kohya's naming (the same tools)
     a1111      <token>.pt: SDXL a pickled clip_l and clip_g; the others string_to_param, as the web UI's older models have it
-    bin        learned_embeds.bin, SDXL: and learned_embeds_2.bin, as old versions of diffusers wrote them
+               LoRA: as for web
+    bin        learned_embeds.bin, SDXL: and learned_embeds_2.bin, as old versions of diffusers wrote them; no LoRA
+    bundle     <token>-bundle.safetensors, embedding and LoRA in one file (AUTOMATIC1111, SD.Next); not for SANA
 
 All are read as well. Vectors are float32 and pass through every format to the bit; a safetensors file's metadata is kept.
 Pickles are read with `weights_only`, so that a file from a stranger cannot run code. A file that is there already and
@@ -21,16 +25,20 @@ A web file may not say its token, for its name is the trigger there: `my-dog.saf
 
 import argparse
 import contextlib
+import hashlib
 import io
+import json
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 
@@ -39,9 +47,18 @@ ENCODERS = {"sdxl": ("text_encoder", "text_encoder_2"), "sana": ("text_encoder",
 WEB_KEYS = {"sdxl": ("clip_l", "clip_g"), "sana": ("gemma",), "sd": ("emb_params",)}
 ARCHITECTURES = {"sdxl": "stable-diffusion-xl-v1-base", "sana": "sana", "sd": "stable-diffusion-v1"}
 FILES = ("learned_embeds", "learned_embeds_2")  # diffusers' names, in the order of ENCODERS
-FORMATS = ("diffusers", "web", "a1111", "bin")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+FORMATS = ("diffusers", "web", "a1111", "bin")  # of an embedding alone
 SUFFIXES = (".safetensors", ".pt", ".bin")
 SD_WIDTHS = (768, 1024)  # of Stable Diffusion 1 and 2; SANA's vectors have 2304 numbers
+# Windows opens a device where a file is called so, whatever its suffix.
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+# Names of the web tools' file that a tool cannot use as a word, and what it does then.
+NAME_LIMITS = (
+    (r"[^a-zA-Z0-9., _-]", "InvokeAI finds only words of a-z, A-Z, 0-9, '.', '_' and '-', so it ignores <{name}>"),
+    (r"\b(BREAK|AND)\b", "AUTOMATIC1111 and Forge read {found} as a command, so they ignore {name}"),
+    (r"^(?!BREAK$|AND$)[^\W\d_]+$", 'AUTOMATIC1111, Forge and SD.Next replace every "{name}" in a prompt'),
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,28 +105,127 @@ class Embedding:
         return len(self.vectors["text_encoder"])
 
 
+@dataclass
+class Lora:
+    """LoRA weights.
+
+    Attributes:
+        kohya: tensors in kohya's naming, which all tools but diffusers want: for each layer down (r, in), up (out, r) and
+            alpha (). What the layer adds is multiplied by alpha / r.
+        diffusers: the same in diffusers' naming, whose alpha stands in the metadata; None where the file had it not.
+        token: the word that was learned beside them, where that is known.
+        metadata: what the safetensors file's header says.
+    """
+
+    kohya: dict[str, torch.Tensor]
+    diffusers: dict[str, torch.Tensor] | None
+    token: str | None
+    metadata: dict[str, str]
+
+    @property
+    def family(self) -> str:
+        """ "sdxl", "sana" or "sd", by the layers' names, then by metadata and by the width of the text embeddings."""
+        if any(key.startswith("lora_unet_transformer_blocks_") for key in self.kohya):
+            return "sana"
+        said = self.metadata.get("modelspec.architecture", "").startswith(
+            ("stable-diffusion-v1", "stable-diffusion-v2")
+        )
+        return "sd" if said or self.text_width in SD_WIDTHS else "sdxl"
+
+    @property
+    def text_width(self) -> int | None:
+        """The width of the text embeddings that the layers see, where one of them does."""
+        widths = (x.shape[1] for key, x in self.kohya.items() if re.search(r"_attn2_to_[kv]\.lora_down\.weight$", key))
+        return next(widths, None)
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """The rank of each layer, by kohya's name."""
+        suffix = ".lora_down.weight"
+        return {key.removesuffix(suffix): len(x) for key, x in self.kohya.items() if key.endswith(suffix)}
+
+    @property
+    def alphas(self) -> list[float]:
+        """The layers' alphas, each once."""
+        layers = self.layers.items()
+        return sorted({float(self.kohya.get(f"{layer}.alpha", rank)) for layer, rank in layers})
+
+
 def web_name(token: str) -> str:
-    """The token as a file name on any system: the web tools take the name of the file for the trigger."""
-    return re.sub(r"[^\w.+-]+", "", token).strip(".") or "embedding"
+    """The token as a file name on any system, for the web tools take the file's name for the word.
+
+    It is the token without its angle brackets. Where a file cannot be called so, a few digits of its hash follow: two
+    tokens have one name only where they are one word to those tools.
+    """
+    bare = token[1:-1] if token.startswith("<") and token.endswith(">") else token
+    name = re.sub(r"[^\w.+-]+", "", bare).strip(".")
+    if name and name == bare and not WINDOWS_DEVICES.fullmatch(name):
+        return name
+    return f"{name.replace('.', '-') or 'word'}-{hashlib.sha256(token.encode()).hexdigest()[:6]}"
+
+
+def plain_token(text: str) -> str:
+    """A token after `text` that every tool takes."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-").removeprefix("my-")
+    return f"<my-{words or 'word'}>"
+
+
+def name_notes(token: str, family: str) -> list[str]:
+    """One line for each tool that reads the token's files and cannot take the token, with a better one proposed."""
+    name, notes = web_name(token), []
+    if token not in (name, f"<{name}>"):
+        notes.append(f"no file can have this name on every system, so the web tools' word is {name}")
+    for pattern, note in NAME_LIMITS if family != "sana" else ():  # OneTrainer takes any
+        if found := re.search(pattern, name):
+            notes.append(note.format(name=name, found=found[0]))
+    return [f"{token}: {note}. {plain_token(token)} avoids this." for note in notes]
 
 
 def check_token(token: str, said: str = "--token") -> str:
     """The token, if a prompt and a file's name can hold it. Raises EmbeddingError."""
     if not token or re.search(r"[\s\ud800-\udfff]", token):
         raise EmbeddingError(f'{said} {token!r} is not a word without spaces: give one such as "<my-dog>".')
-    if web_name(token).lower() in FILES or len(web_name(token).encode()) > 200:
+    taken = (*FILES, Path(LORA_FILE).stem)
+    if web_name(token).lower() in taken or len(web_name(token).encode()) > 200:
         raise EmbeddingError(f"{said} {token!r} cannot name a file: give another, such as --token '<my-dog>'.")
     return token
 
 
+def usage_hint(token: str, family: str) -> str:
+    """How to write the token, in the words of modelspec's `usage_hint`."""
+    if family == "sana":
+        return f"Write {token} in the prompt."
+    name = web_name(token)
+    return f"Write {token} in the prompt; in ComfyUI embedding:{name}, in AUTOMATIC1111, Forge and SD.Next {name}."
+
+
+def renamed_metadata(metadata: dict[str, str], old: str | None, new: str, family: str) -> dict[str, str]:
+    """The metadata under another word. What does not name the old one stays."""
+    metadata = dict(metadata)
+    if old is not None and metadata.get("modelspec.title", "").startswith(web_name(old)):
+        metadata["modelspec.title"] = web_name(new) + metadata["modelspec.title"][len(web_name(old)) :]
+    if "modelspec.trigger_phrase" in metadata:
+        metadata["modelspec.trigger_phrase"] = new
+    if old is not None and "modelspec.usage_hint" in metadata:
+        metadata["modelspec.usage_hint"] = metadata["modelspec.usage_hint"].replace(
+            usage_hint(old, family), usage_hint(new, family)
+        )
+    if old is not None and "modelspec.description" in metadata:
+        metadata["modelspec.description"] = metadata["modelspec.description"].replace(old, new)
+    return metadata
+
+
 def renamed(embedding: Embedding, token: str) -> Embedding:
     """The same vectors under another word, which the metadata tells too."""
-    metadata = dict(embedding.metadata)
-    if metadata.get("modelspec.title") == web_name(embedding.token):
-        metadata["modelspec.title"] = web_name(token)
-    if "modelspec.trigger_phrase" in metadata:
-        metadata["modelspec.trigger_phrase"] = token
-    return replace(embedding, token=check_token(token), metadata=metadata)
+    metadata = renamed_metadata(embedding.metadata, embedding.token, check_token(token), embedding.family)
+    return replace(embedding, token=token, metadata=metadata)
+
+
+def changed(embedding: Embedding, vectors: dict[str, torch.Tensor], **metadata: str) -> Embedding:
+    """Other vectors under the same word, with more metadata; a picture of the old ones is left out."""
+    kept = {key: value for key, value in embedding.metadata.items() if key != "modelspec.thumbnail"}
+    return replace(embedding, vectors=vectors, metadata={**kept, **metadata})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,14 +267,49 @@ def parse_state(state: dict, metadata: dict[str, str], path: Path) -> tuple[str 
         if len(parameters) != 1:
             raise EmbeddingError(f"{path} has {len(parameters)} embeddings in string_to_param: it needs exactly one.")
         return token if isinstance(token, str) and token else None, list(parameters.values())
+    state, word = unbundled(state, path)
     for keys in WEB_KEYS.values():
         if set(state) == set(keys):
-            return metadata.get("modelspec.trigger_phrase"), [state[key] for key in keys]
+            return metadata.get("modelspec.trigger_phrase", word), [state[key] for key in keys]
+    if holds_lora(state):
+        raise EmbeddingError(f"{path} holds LoRA weights and no embedding: give the folder or file of the embedding.")
     if len(state) == 1 and isinstance(next(iter(state)), str):  # diffusers
         return next(iter(state)), list(state.values())
     wanted = "clip_l and clip_g, gemma, emb_params, string_to_param, or exactly one"
     found = ", ".join(map(str, list(state)[:5])) + (", ..." if len(state) > 5 else "")
     raise EmbeddingError(f"{path} has the keys {found or 'of nothing'}: an embedding has {wanted}.")
+
+
+def holds_lora(keys: Iterable) -> bool:
+    """Whether a file with these keys holds LoRA weights, in whatever naming."""
+    return any(isinstance(key, str) and re.search(r"(^|[._])lora[._].*\.", key) for key in keys)
+
+
+def unbundled(state: dict, path: Path) -> tuple[dict, str | None]:
+    """The embedding in a bundle, `bundle_emb.NAME.KEY`, by KEY, and its word; any other state as it is, and None."""
+    bundle = [key.split(".", 2) for key in state if isinstance(key, str) and key.startswith("bundle_emb.")]
+    names = {parts[1] for parts in bundle}
+    if not bundle:
+        return state, None
+    if len(names) > 1 or min(map(len, bundle)) < 3:
+        raise EmbeddingError(f"{path} bundles {len(names)} embeddings: it needs exactly one.")
+    name = names.pop()
+    return {key: state[f"bundle_emb.{name}.{key}"] for _, _, key in bundle}, word_of(name)
+
+
+def embedding_metadata(bundle: dict[str, str]) -> dict[str, str]:
+    """Of a bundle's metadata, which are about its LoRA weights, what holds for its embedding too."""
+    common = ("modelspec.trigger_phrase", "modelspec.author", "modelspec.date", "modelspec.thumbnail")
+    kept = {key: x for key, x in bundle.items() if key in common or key.startswith("dti.")}
+    if model := bundle.get("modelspec.architecture", "").removesuffix("/lora"):
+        kept["modelspec.architecture"] = f"{model}/textual-inversion"
+    return kept
+
+
+def word_of(name: str) -> str:
+    """The token of a file that does not say it, by the file's name."""
+    word = re.sub(r"[^\w.+-]+", "-", name).strip(".-")
+    return f"<{word or 'word'}>"
 
 
 def pair_of(path: Path) -> tuple[Path, Path] | None:
@@ -180,17 +331,34 @@ def as_rows(matrix: object, path: Path) -> torch.Tensor:
     return rows.clone()
 
 
+def list_files(folder: Path) -> list[Path]:
+    """The folder's files of our suffixes, by name. Raises EmbeddingError."""
+    try:
+        return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+    except OSError as error:
+        raise EmbeddingError(f"{folder} cannot be read: {error.strerror}.") from None
+
+
+def keys_of(path: Path) -> list[str]:
+    """The keys of a safetensors file, without its tensors; none of another file or a damaged one."""
+    if path.suffix.lower() != ".safetensors" or not os.path.isfile(path):
+        return []
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        return []
+
+
 def find_file(folder: Path) -> Path:
     """The embedding's file in a folder: diffusers' name, or else the only one there. Raises EmbeddingError."""
     for suffix in SUFFIXES:
         if os.path.isfile(folder / f"{FILES[0]}{suffix}"):
             return folder / f"{FILES[0]}{suffix}"
-    try:
-        files = sorted(
-            p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(("pytorch_", "."))
-        )
-    except OSError as error:
-        raise EmbeddingError(f"{folder} cannot be read: {error.strerror}.") from None
+    files = [path for path in list_files(folder) if not path.name.startswith("pytorch_")]
+    adapters = {path: keys for path in files if holds_lora(keys := keys_of(path))}
+    bundles = [path for path, keys in adapters.items() if any(key.startswith("bundle_emb.") for key in keys)]
+    files = [path for path in files if path not in adapters] or bundles
     if len(files) != 1:
         found = f"it has {', '.join(p.name for p in files[:5])}: give one of these" if files else "give a run's folder"
         raise EmbeddingError(f"{folder} holds no learned_embeds.safetensors; {found}.")
@@ -227,30 +395,168 @@ def read_embedding(path: Path) -> Embedding:
     if len({len(matrix) for matrix in rows}) != 1:
         counts = " and ".join(str(len(matrix)) for matrix in rows)
         raise EmbeddingError(f"{path}: its text encoders have {counts} vectors, and need the same number.")
+    if any(key.startswith("bundle_emb.") for key in state if isinstance(key, str)):
+        metadata = embedding_metadata(metadata)
     if WEB_KEYS["sd"][0] in state:
         metadata.setdefault("modelspec.architecture", ARCHITECTURES["sd"])
-    token = check_token(token if token else f"<{web_name(path.stem)}>", f"{path}: the token")
+    token = check_token(token if token else word_of(path.stem), f"{path}: the token")
     return Embedding(token, dict(zip(("text_encoder", "text_encoder_2"), rows, strict=False)), metadata)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Writing
+# 3. LoRA
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def told_alpha(module: str, rank: int, config: dict) -> float:
+    """A layer's alpha by PEFT's configuration, which diffusers keeps in the header; the rank, as diffusers has it, without."""
+    part, layer = module.split(".", 1)
+    alpha = config.get(f"{part}.lora_alpha", rank)
+    for pattern, other in (config.get(f"{part}.alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            alpha = other
+            break
+    return alpha * math.sqrt(rank) if config.get(f"{part}.use_rslora") else alpha
+
+
+def to_kohya(state: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """LoRA weights in diffusers' naming, `unet.down_blocks.1.[...].lora_A.weight`, in kohya's.
+
+    That is `lora_unet_down_blocks_1_[...].lora_down.weight` and `.lora_up.weight`, with an `.alpha` for each layer, which
+    the tools multiply by and divide by the rank. diffusers' convert_state_dict_to_kohya writes the rank for alpha.
+    """
+    cross = [x for key, x in state.items() if re.search(r"attn2\.to_[kv]\.lora_A", key)]
+    only = bool(cross) and cross[0].shape[1] in SD_WIDTHS  # one text encoder
+    prefixes = {"unet": "lora_unet", "transformer": "lora_unet"}  # whatever the denoiser is
+    prefixes |= {"text_encoder": "lora_te" if only else "lora_te1", "text_encoder_2": "lora_te2"}
+    kohya = {}
+    for key, x in state.items():
+        module, letter = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
+        part, layer = module.split(".", 1)
+        name = f"{prefixes[part]}_{layer.replace('.', '_')}"
+        kohya[f"{name}.lora_{'down' if letter == 'A' else 'up'}.weight"] = x.contiguous()
+        if letter == "A":
+            kohya[f"{name}.alpha"] = torch.tensor(float(told_alpha(module, len(x), config)))
+    return kohya
+
+
+def read_lora(path: Path) -> Lora:
+    """Read LoRA weights in diffusers' or kohya's naming, also out of a bundle. Raises EmbeddingError."""
+    state, metadata = read_state(path)
+    _, word = unbundled(state, path)
+    state = {key: x for key, x in state.items() if not str(key).startswith("bundle_emb.")}
+    if not holds_lora(state):
+        raise EmbeddingError(f"{path} holds no LoRA weights.")
+    named = r"(unet|transformer|text_encoder(_2)?)\..+\.lora_[AB]\.weight"
+    odd = {key for key in state if not re.fullmatch(named, key)}
+    foreign = {key for key in state if not re.match(r"lora_(unet|te|te1|te2)_[^.]+\.", key)}
+    if odd and foreign:
+        raise EmbeddingError(
+            f"{path} holds LoRA weights in a naming that is not read here, such as {min(odd & foreign or odd)}: "
+            "load it with diffusers and save it by save_lora_weights."
+        )
+    if odd:
+        lora = Lora(state, None, metadata.get("modelspec.trigger_phrase", word), metadata)
+    else:
+        try:
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            kohya = to_kohya(state, config)
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise EmbeddingError(f"{path}: lora_adapter_metadata in its header is damaged: {error}") from None
+        lora = Lora(kohya, state, metadata.get("modelspec.trigger_phrase"), metadata)
+    check_lora(lora, path)
+    return lora
+
+
+def check_lora(lora: Lora, path: Path) -> None:
+    """Refuse damaged weights. Raises EmbeddingError."""
+    for name, rank in lora.layers.items():
+        down, up = lora.kohya[f"{name}.lora_down.weight"], lora.kohya.get(f"{name}.lora_up.weight")
+        if up is None or up.ndim < 2 or up.shape[1] != rank or not (down.isfinite().all() and up.isfinite().all()):
+            raise EmbeddingError(f"{path} is damaged: {name} lacks a matrix, or has one that is not finite.")
+    if not lora.layers:
+        raise EmbeddingError(f"{path} holds adapters of another kind than LoRA.")
+
+
+def find_lora(folder: Path) -> Path | None:
+    """The LoRA weights' file in a folder: diffusers' name, or else the first that holds some."""
+    if os.path.isfile(folder / LORA_FILE):
+        return folder / LORA_FILE
+    return next((path for path in list_files(folder) if holds_lora(keys_of(path))), None)
+
+
+def read_both(path: Path) -> tuple[Embedding | None, Lora | None]:
+    """The embedding and the LoRA weights of a folder or a file, as far as it has them. Raises EmbeddingError."""
+    file = find_lora(path) if os.path.isdir(path) else path
+    keys = keys_of(file) if file else []
+    if not holds_lora(keys):
+        return read_embedding(path), None
+    lora = read_lora(file)
+    alone = not any(key.startswith("bundle_emb.") for key in keys)
+    if os.path.isdir(path):
+        alone = all(holds_lora(keys_of(p)) for p in list_files(path)) and alone
+    return None if alone else read_embedding(path), lora
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Writing
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def header(embedding: Embedding) -> dict[str, str]:
-    """The metadata of a safetensors file: what was read, and what model sites and `read_embedding` look for."""
-    architecture = ARCHITECTURES[embedding.family]
-    if embedding.family == "sd" and embedding.vectors["text_encoder"].shape[-1] == 1024:
+    """The metadata of the token's files by the modelspec standard: what was read, and what it lacks."""
+    token, family = embedding.token, embedding.family
+    architecture = ARCHITECTURES[family]
+    if family == "sd" and embedding.vectors["text_encoder"].shape[-1] == 1024:
         architecture = "stable-diffusion-v2-512"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/textual-inversion",
-        "modelspec.title": web_name(embedding.token),
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": web_name(token),
+        "modelspec.description": f"{token} is a learned word for {NAMES[family]}.",
+        "modelspec.usage_hint": usage_hint(token, family),
         **embedding.metadata,
-        "modelspec.trigger_phrase": embedding.token,
+        "modelspec.trigger_phrase": token,
     }
+
+
+def lora_header(lora: Lora, name: str) -> dict[str, str]:
+    """The same of LoRA weights in diffusers' naming, in files of this `name`."""
+    architecture = "stable-diffusion-v2-512" if lora.text_width == 1024 else ARCHITECTURES[lora.family]
+    told = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"{name}-lora",
+        "modelspec.description": f"LoRA weights for {NAMES[lora.family]}.",
+    }
+    if lora.token is not None:
+        told["modelspec.description"] = f"LoRA weights for {NAMES[lora.family]}, trained with the word {lora.token}."
+        told["modelspec.usage_hint"] = f"Load the word's embedding too. {usage_hint(lora.token, lora.family)}"
+        told["modelspec.trigger_phrase"] = lora.token
+    return {**told, **lora.metadata}
+
+
+def kohya_header(lora: Lora, name: str) -> dict[str, str]:
+    """The same in kohya's naming, with what AUTOMATIC1111 and kohya's tools look for."""
+    # diffusers refuses a file that has alphas and this.
+    told = {key: value for key, value in lora_header(lora, name).items() if key != "lora_adapter_metadata"}
+    if lora.family == "sana":
+        return told
+    ranks, alphas = sorted(set(lora.layers.values())), lora.alphas
+    # Without the base model's version AUTOMATIC1111 takes the file for Stable Diffusion 1's and hides it from SDXL.
+    version = "sdxl_base_v1-0" if lora.family == "sdxl" else "sd_v2" if lora.text_width == 1024 else "sd_v1"
+    network = {
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_v2": str(version == "sd_v2"),
+    }
+    network["ss_network_dim"] = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+    network["ss_network_alpha"] = f"{alphas[0]:g}" if len(alphas) == 1 else "Dynamic"
+    return {**network, **told}
 
 
 def states(embedding: Embedding, formats: Iterable[str]) -> dict[str, dict]:
@@ -289,13 +595,15 @@ def tensors_of(state: dict) -> dict[str, torch.Tensor]:
     return {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
 
 
-def holds(path: Path, state: dict) -> bool:
-    """Whether the file has exactly the tensors of `state`."""
+def holds(path: Path, state: dict, metadata: dict[str, str]) -> bool:
+    """Whether the file has exactly the tensors of `state`, and LoRA's alpha where it stands in the metadata."""
     try:
-        found, wanted = tensors_of(read_state(path)[0]), tensors_of(state)
+        content, told = read_state(path)
+        found, wanted = tensors_of(content), tensors_of(state)
     except EmbeddingError:
         return False
-    return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    same = found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    return same and told.get("lora_adapter_metadata") == metadata.get("lora_adapter_metadata")
 
 
 def write_files(contents: dict[Path, bytes]) -> None:
@@ -328,10 +636,65 @@ def check_output_dir(folder: Path) -> None:
 
 
 def to_bytes(name: str, state: dict, metadata: dict[str, str]) -> bytes:
-    if name.endswith(".safetensors"):
-        return save(state, metadata=metadata)
-    torch.save(state, buffer := io.BytesIO())
-    return buffer.getvalue()
+    """The file's content; a safetensors file's metadata get modelspec's hash of all that follows them."""
+    if not name.endswith(".safetensors"):
+        torch.save(state, buffer := io.BytesIO())
+        return buffer.getvalue()
+    content = save(state)
+    tensors = memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
+    return save(state, metadata={**metadata, "modelspec.hash_sha256": f"0x{hashlib.sha256(tensors).hexdigest()}"})
+
+
+def write_states(files: dict[Path, tuple[dict, dict[str, str]]], overwrite: bool = False) -> None:
+    """Write each file's tensors and metadata. A file that holds these tensors already is left as it is.
+
+    Raises:
+        EmbeddingError: before anything is written, where a file holds something else, unless `overwrite`.
+        UserError: where the folder cannot be written to.
+    """
+    new = {path: content for path, content in files.items() if not holds(path, *content)}
+    taken = [path for path in new if os.path.lexists(path)]
+    if taken and not overwrite:
+        raise EmbeddingError(f"{taken[0]} is there and holds something else: choose another folder, or --overwrite.")
+    write_files({path: to_bytes(path.name, *content) for path, content in new.items()})
+
+
+def embedding_files(
+    embedding: Embedding, folder: Path, formats: Iterable[str]
+) -> dict[Path, tuple[dict, dict[str, str]]]:
+    """Tensors and metadata of the token's files. Raises EmbeddingError for vectors or a token that cannot be used."""
+    check_token(embedding.token, "the token")
+    if tuple(embedding.vectors) not in ENCODERS.values():
+        raise EmbeddingError(f"{embedding.token} has vectors of {', '.join(embedding.vectors)}: not of a known model.")
+    for matrix in embedding.vectors.values():
+        as_rows(matrix, Path(embedding.token))
+    metadata = header(embedding)
+    return {Path(folder) / name: (state, metadata) for name, state in states(embedding, formats).items()}
+
+
+def lora_files(lora: Lora, name: str, folder: Path, formats: Iterable[str]) -> dict[Path, tuple[dict, dict[str, str]]]:
+    """Tensors and metadata of the LoRA weights' files in those formats that can have them."""
+    files = {}
+    if "diffusers" in formats and lora.diffusers is not None:
+        files[folder / LORA_FILE] = (lora.diffusers, lora_header(lora, name))
+    if "web" in formats or "a1111" in formats:
+        files[folder / f"{name}-lora.safetensors"] = (lora.kohya, kohya_header(lora, name))
+    return files
+
+
+def bundle_file(embedding: Embedding, lora: Lora, folder: Path) -> dict[Path, tuple[dict, dict[str, str]]]:
+    """Embedding and LoRA weights in one file, as AUTOMATIC1111, SD.Next and OneTrainer have it. Raises EmbeddingError."""
+    name = web_name(embedding.token)
+    if embedding.family == "sana":
+        raise EmbeddingError("--format bundle: no tool reads an embedding for SANA from the file of the LoRA weights.")
+    if "." in name:  # it ends the name in the keys
+        raise EmbeddingError(
+            f"--format bundle: the word {name} cannot have a full stop: add --token '{plain_token(embedding.token)}'."
+        )
+    keys = zip(WEB_KEYS[embedding.family], ENCODERS[embedding.family], strict=True)
+    rows = {key: embedding.vectors[encoder] for key, encoder in keys}
+    state = lora.kohya | {f"bundle_emb.{name}.{key}": matrix.contiguous() for key, matrix in rows.items()}
+    return {folder / f"{name}-bundle.safetensors": (state, kohya_header(lora, name))}
 
 
 def write_embedding(
@@ -339,25 +702,12 @@ def write_embedding(
 ) -> list[Path]:
     """Write the token's files to `folder`, named as the training scripts name them. Returns their paths.
 
-    A file that holds these vectors already is left as it is.
-
     Raises:
-        EmbeddingError: for vectors or a token that cannot be used, and, before anything is written, where a file is
-            there that holds something else, unless `overwrite`.
+        EmbeddingError: for vectors or a token that cannot be used, and as `write_states` does.
         UserError: where the folder cannot be written to.
     """
-    folder = Path(folder)
-    check_token(embedding.token, "the token")
-    if tuple(embedding.vectors) not in ENCODERS.values():
-        raise EmbeddingError(f"{embedding.token} has vectors of {', '.join(embedding.vectors)}: not of a known model.")
-    for matrix in embedding.vectors.values():
-        as_rows(matrix, Path(embedding.token))
-    files = {folder / name: state for name, state in states(embedding, formats).items()}
-    new = {path: state for path, state in files.items() if not holds(path, state)}
-    taken = [path for path in new if os.path.lexists(path)]
-    if taken and not overwrite:
-        raise EmbeddingError(f"{taken[0]} is there and holds something else: choose another folder, or --overwrite.")
-    write_files({path: to_bytes(path.name, state, header(embedding)) for path, state in new.items()})
+    files = embedding_files(embedding, folder, formats)
+    write_states(files, overwrite)
     return list(files)
 
 
@@ -367,7 +717,7 @@ def markdown_table(names: list[str], rows: list[list[str]]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Command line
+# 5. Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -395,23 +745,99 @@ def run(main: Callable[[], None]) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("input", type=Path, help="A run's output folder, or an embedding's file.")
+    parser.add_argument(
+        "input", type=Path, help="A run's output folder, or a file of an embedding or of LoRA weights."
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the files are written.")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["diffusers", "web"], help="What to write.")
+    choices = [*FORMATS, "bundle"]
+    parser.add_argument("--format", nargs="+", choices=choices, default=["diffusers", "web"], help="What to write.")
     parser.add_argument("--token", default=None, help="Another word for the embedding.")
     parser.add_argument("--overwrite", action="store_true", help="Replace files that hold something else.")
     return parser
 
 
+def lora_name(lora: Lora, path: Path) -> str:
+    """What to call the files of LoRA weights: after their word, or else after their file or its folder."""
+    if lora.token is not None:
+        return web_name(lora.token)
+    generic = path.stem.startswith(Path(LORA_FILE).stem)
+    stem = path.resolve().name if os.path.isdir(path) else path.resolve().parent.name if generic else path.stem
+    return web_name(word_of(stem.removesuffix("-lora")))
+
+
+def describe(embedding: Embedding | None, lora: Lora | None) -> Iterator[str]:
+    """Lines that say what was read."""
+    if embedding is not None:
+        widths = " and ".join(f"{len(rows)} x {rows.shape[-1]}" for rows in embedding.vectors.values())
+        yield f"{embedding.token}: {embedding.family}, {widths}"
+    if lora is not None:
+        ranks = ", ".join(map(str, sorted(set(lora.layers.values()))))
+        yield f"LoRA: {lora.family}, {len(lora.layers)} layers, rank {ranks}, alpha {', '.join(f'{a:g}' for a in lora.alphas)}"
+
+
+def readers(path: Path, family: str) -> str:
+    """Who reads a file that was written, and how."""
+    name = path.stem
+    if name in FILES:
+        return "diffusers: pipe.load_textual_inversion"
+    if path.name == LORA_FILE:
+        return "diffusers: pipe.load_lora_weights"
+    if family == "sana":
+        return "OneTrainer"
+    if name.endswith("-bundle"):
+        return f"AUTOMATIC1111, SD.Next: <lora:{name}:1> and the word {name.removesuffix('-bundle')} in the prompt"
+    if name.endswith("-lora"):
+        return (
+            f"LoRA for ComfyUI, InvokeAI, Fooocus, kohya, OneTrainer; AUTOMATIC1111, Forge, SD.Next: <lora:{name}:1>"
+        )
+    if path.suffix == ".pt":
+        return f"AUTOMATIC1111: {name}"
+    return f"ComfyUI, Fooocus: embedding:{name}; AUTOMATIC1111, Forge, SD.Next: {name}; InvokeAI: <{name}>"
+
+
+def left_out(lora: Lora, formats: list[str]) -> Iterator[str]:
+    """Lines that say in which formats the LoRA weights were not written, and why."""
+    if "bin" in formats:
+        yield "bin holds an embedding alone: the LoRA weights are not among its files."
+    if "diffusers" in formats and lora.diffusers is None:
+        yield (
+            "diffusers' naming of the LoRA weights cannot be told from kohya's, so they are not in that format"
+            + (": pipe.load_lora_weights reads the file as it is." if lora.family != "sana" else ".")
+        )
+
+
 def main() -> None:
     args = command_line().parse_args()
-    embedding = read_embedding(args.input)
-    if args.token is not None:
-        embedding = renamed(embedding, args.token)
-    widths = " and ".join(f"{len(rows)} x {rows.shape[-1]}" for rows in embedding.vectors.values())
-    print(f"{embedding.token}: {embedding.family}, {widths}")
-    for path in write_embedding(embedding, args.output_dir, args.format, args.overwrite):
-        print(path)
+    embedding, lora = read_both(args.input)
+    if "bundle" in args.format and (embedding is None or lora is None):
+        missing = "embedding" if embedding is None else "LoRA weights"
+        raise UserError(
+            f"--format bundle: {args.input} has no {missing}. Give the folder that has embedding and LoRA."
+        )
+    if embedding is not None and lora is not None and embedding.family != lora.family:
+        raise UserError(f"{args.input} has an embedding for {embedding.family} and LoRA weights for {lora.family}.")
+    token = check_token(args.token) if args.token else embedding.token if embedding else None
+    if embedding is not None:
+        embedding = renamed(embedding, token)
+    if lora is not None and token is not None:
+        lora = replace(lora, token=token, metadata=renamed_metadata(lora.metadata, lora.token, token, lora.family))
+
+    family, files = (embedding or lora).family, {}
+    if embedding is not None:
+        files |= embedding_files(embedding, args.output_dir, [x for x in args.format if x != "bundle"])
+    if lora is not None:
+        files |= lora_files(lora, lora_name(lora, args.input), args.output_dir, args.format)
+    if "bundle" in args.format:
+        files |= bundle_file(embedding, lora, args.output_dir)
+    notes = [*(name_notes(token, family) if embedding else ()), *(left_out(lora, args.format) if lora else ())]
+    if not files:
+        raise UserError(f"There is nothing to write: {' '.join(notes)}")
+    write_states(files, args.overwrite)
+    print(*describe(embedding, lora), sep="\n")
+    for path in files:
+        print(f"{path}  ({readers(path, family)})")
+    for note in notes:
+        print(f"Note: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

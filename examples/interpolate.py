@@ -33,6 +33,7 @@ from export import (
     Embedding,
     EmbeddingError,
     UserError,
+    changed,
     check_output_dir,
     make_parser,
     read_embedding,
@@ -322,12 +323,12 @@ def main() -> None:
         m = chosen_magnitudes(found, args.magnitude)
     check_output_dir(args.output_dir)
     describe(first, second, free=m is None)
-    between = {"dti.interpolated": f"{first.token} to {second.token}"}
+    between = f"{first.token} to {second.token}"
     points = {"slerp": []}
     for t in args.ratios:
         point = interpolate(first, second, t, m)
-        metadata = {**result.metadata, **between, "dti.interpolated_at": f"{t:.6g}"}
-        points["slerp"].append(replace(point, token=result.token, metadata=metadata))
+        told = {"dti.interpolated": between, "dti.interpolated_at": f"{t:.6g}"}
+        points["slerp"].append(changed(result, point.vectors, **told))
         write_embedding(points["slerp"][-1], args.output_dir / t_name(t), args.format, args.overwrite)
     print(f"{len(args.ratios)} embeddings of {result.token}: {args.output_dir / t_name(args.ratios[0])} and so on")
     if args.linear:

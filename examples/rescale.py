@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from export import (
     Embedding,
     EmbeddingError,
     UserError,
+    changed,
     make_parser,
     read_embedding,
     renamed,
@@ -202,8 +202,8 @@ def rescale(embedding: Embedding, magnitudes: dict[str, float]) -> Embedding:
         if not norm.all():
             raise EmbeddingError(f"{embedding.token} has a vector of zeros for {encoder}: it has no direction.")
         vectors[encoder] = (magnitudes[encoder] * e.double() / norm).float()
-    rescaled_to = {"dti.rescaled_to": ", ".join(f"{magnitudes[encoder]:.6g}" for encoder in vectors)}
-    return replace(embedding, vectors=vectors, metadata={**embedding.metadata, **rescaled_to})
+    rescaled_to = ", ".join(f"{magnitudes[encoder]:.6g}" for encoder in vectors)
+    return changed(embedding, vectors, **{"dti.rescaled_to": rescaled_to})
 
 
 def check_fits(embedding: Embedding, widths: dict[str, int], source: Path | str, model: str) -> None:

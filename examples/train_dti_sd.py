@@ -66,6 +66,9 @@ class StableDiffusion(StableDiffusionXL):
     text_encoder_classes = (CLIPTextModel,)
     embedding_files = ("learned_embeds",)
     web_keys = ("emb_params",)  # AUTOMATIC1111 and ComfyUI take the only key, InvokeAI and kohya look for this one
+    web_note = ""  # there is no pooled embedding
+    web_use = StableDiffusionXL.web_use.replace("ComfyUI, Fooocus", "ComfyUI")  # Fooocus is for SDXL
+    web_lora_use = StableDiffusionXL.web_lora_use.replace("ComfyUI, Fooocus", "ComfyUI")
     card_tags = ("stable-diffusion", "stable-diffusion-diffusers")
 
     # fmt: off
@@ -84,6 +87,13 @@ class StableDiffusion(StableDiffusionXL):
             return "stable-diffusion-v1"
         velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
         return "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+
+    @property
+    def kohya_metadata(self) -> dict[str, str]:
+        """What AUTOMATIC1111 and kohya's tools know the base model by."""
+        second = self.text_encoders[0].config.hidden_size >= 1024
+        version = {"ss_base_model_version": "sd_v2" if second else "sd_v1", "ss_v2": str(second)}
+        return {"ss_network_module": "networks.lora", **version}
 
     def choose_pooling(self) -> None:
         """Nothing to choose: Stable Diffusion has no pooled embedding."""

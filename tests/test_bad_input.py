@@ -159,6 +159,8 @@ EMBEDDINGS = {
     "nan": {"clip_l": torch.ones(1, 32), "clip_g": torch.full((1, 48), float("nan"))},
     "integers": {"clip_l": torch.ones(1, 32, dtype=torch.int64), "clip_g": torch.ones(1, 48)},
     "other_keys": {"a": torch.ones(1, 32), "b": torch.ones(1, 48)},
+    "many_keys": {f"block.{index}": torch.ones(1, 32) for index in range(100)},
+    "lora": {f"unet.x.to_{q}.lora_{a}.weight": torch.ones(2, 2) for q in "qkv" for a in "AB"},
 }
 
 CONFIGS = {
@@ -225,6 +227,7 @@ CASES = [
     ({"placeholder_token": "my pot"}, "--placeholder_token 'my pot' has spaces.*'my-pot'"),
     ({"placeholder_token": "teapot"}, "--placeholder_token 'teapot': 'teapot' is in the vocabulary already"),
     ({"placeholder_token": "<learned_embeds>"}, "--placeholder_token .*learned_embeds.safetensors"),
+    ({"placeholder_token": "<pytorch_lora_weights>"}, "the file pytorch_lora_weights.safetensors is diffusers'"),
     ({"initializer_token": ""}, "--initializer_token '' has no tokens"),
     ({"initializer_token": "茶壺"}, "--initializer_token '茶壺' is not in the vocabulary"),
     ({"initializer_token": None}, "Give --initializer_token .* or --init_embedding"),
@@ -280,6 +283,11 @@ CASES = [
     ({"initializer_token": None, "init_embedding": "@wide", "init": "contextual"}, "--init contextual needs"),
     ({"init_embedding": "@wide", "init": "contextual"}, "--init contextual and --init_embedding both say"),
     ({"init_embedding": "@other_keys"}, "has the keys a, b: it needs clip_l and clip_g, or exactly one"),
+    (
+        {"init_embedding": "@many_keys"},
+        r"has the keys (block\.\d+, ){5}\.\.\.: it needs clip_l and clip_g, or exactly one",
+    ),
+    ({"init_embedding": "@lora"}, "holds LoRA weights and no embedding: give the folder or file of the embedding"),
     ({"init_embedding": "@integers"}, "holds something else than rows of floating-point numbers"),
     ({"init_embedding": "@uneven"}, "every encoder needs the same number of vectors"),
     ({"init_embedding": "@nan"}, "all finite and none zero"),

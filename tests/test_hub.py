@@ -13,6 +13,7 @@ import train_dti_sd
 import yaml
 from conftest import ROOT
 from hub_server import HubServer
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_dti_sana
@@ -26,6 +27,7 @@ EMBEDDINGS = {
     "sana": {"learned_embeds.safetensors", "my-pot.safetensors", "pipeline.py"},
     "sd": {"learned_embeds.safetensors", "my-pot.safetensors"},
 }
+LORA = {"pytorch_lora_weights.safetensors", "my-pot-lora.safetensors"}
 OTHERS = {".gitattributes", "README.md", "training_curves.png", "training_options.json"}
 
 # Runs the script's main for each case of a list, each with its token, and says what came of it: importing takes longest.
@@ -113,7 +115,7 @@ def head(hub: HubServer, repo_id: str) -> dict:
 def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path, family):
     # SDXL: a public repository and --hub_token; the others: a private one, and logged in.
     script = {"sdxl": train_dti_sdxl, "sana": train_dti_sana, "sd": train_dti_sd}[family]
-    lora = {"pytorch_lora_weights.safetensors"} if family == "sdxl" else set()  # one with LoRA, the other without
+    lora = LORA if family == "sdxl" else set()  # one with LoRA, the others without
     flags = (
         ["--rank", "2", "--hub_token", TOKEN, "--license", "cc-by-4.0"] if family == "sdxl" else ["--hub_private_repo"]
     )
@@ -159,6 +161,14 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
     assert (f"{repo_id}/resolve/main/my-pot.safetensors" in card) and ("embedding:my-pot" in card) == (
         family != "sana"
     )
+    # What to put where in the web tools, LoRA included, and how they read the rest of the prompt.
+    assert (
+        ("`<lora:my-pot-lora:1>`" in card) == (f"{repo_id}/resolve/main/my-pot-lora.safetensors" in card) == bool(lora)
+    )
+    assert ("InvokeAI and SD.Next read SDXL's pooled text embedding at the new word" in card) == (family == "sdxl")
+    for name in EMBEDDINGS[family] - {"pipeline.py"} | lora:
+        with safe_open(out / name, "pt") as file:
+            assert file.metadata()["modelspec.author"] == "me"
 
     # The card's lines load it and draw a picture, with no file but the Hub's.
     lines = re.search(r"```python\n(.*?)```", card, re.S).group(1)
@@ -169,6 +179,7 @@ def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path,
         [sys.executable, "-c", lines + ROWS], capture_output=True, text=True, cwd=elsewhere, env=environment
     )
     assert run.returncode == 0, run.stderr
+    assert not re.search("dtype|deprecated", run.stderr), run.stderr
     assert (elsewhere / "picture.png").is_file()
     assert (elsewhere / "adapted").read_text() == str(bool(lora))
     loaded = load_file(elsewhere / "rows.safetensors")
@@ -187,7 +198,7 @@ def test_a_second_push_refreshes_card_gallery_and_embedding(hub, job, run_cases,
     assert len(samples) == 4
     assert (
         set(after)
-        == set(before) - samples - {"pytorch_lora_weights.safetensors"} | {"samples/0-0.jpg"}
+        == set(before) - samples - LORA | {"samples/0-0.jpg"}
         == EMBEDDINGS["sdxl"]
         | OTHERS
         | {

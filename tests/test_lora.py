@@ -1,6 +1,7 @@
 """LoRA beside the new word: what stock pipelines read does what training did, the base model stays, and nothing is lost."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -137,10 +138,12 @@ def test_fp16s_gradient_scale_is_taken_out_and_an_overflow_leaves_the_adapters_a
 
 
 def test_an_earlier_runs_adapters_do_not_stay_beside_another_word(train):
-    out = train(rank=2)
-    assert (out / FILE).is_file()
-    train()
-    assert not (out / FILE).exists()
+    out = train(rank=2, max_train_steps=1)
+    files = {FILE, "my-pot-lora.safetensors"}
+    assert files < {path.name for path in out.iterdir()}
+    shutil.copy(out / FILE, out / "mine-lora.safetensors")
+    train(max_train_steps=1)
+    assert not files & {path.name for path in out.iterdir()} and (out / "mine-lora.safetensors").is_file()
 
 
 @pytest.mark.parametrize("checkpointing", [(), ("--gradient_checkpointing",)])
