@@ -2617,7 +2617,6 @@ class History:
 
     def plot(self, path: Path) -> None:
         """Draw loss, angle to the initializer, norm, and the data gradient's norm against the step."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         curves = {
@@ -2629,11 +2628,11 @@ class History:
         figure = Figure(figsize=(16, 3.5), layout="constrained")
         for axes, (label, keys) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
             for key in keys:
-                steps = [entry["step"] for entry in self.entries]
-                axes.plot(steps, [entry[key] for entry in self.entries], label=key.split("/")[0])
+                points = [(entry["step"], entry[key]) for entry in self.entries]
+                axes.plot(*zip(*points, strict=True), label=key.split("/")[0])
             axes.set(xlabel="step", ylabel=label)
             axes.legend()
-        FigureCanvasAgg(figure).print_png(content := io.BytesIO())
+        figure.savefig(content := io.BytesIO(), format="png")
         write_file(path, content.getvalue())
 
 

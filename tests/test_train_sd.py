@@ -18,6 +18,7 @@ from export import read_embedding
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_train_sdxl import check_velocity
 
 import train_dti_sana
 import train_dti_sdxl as script
@@ -108,16 +109,7 @@ def test_v_prediction_learns_the_velocity(options, small, tmp_path, monkeypatch)
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
     model = model_of(options, pretrained_model_name_or_path=folder)
-    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    batch = {"mean": clean, "std": torch.zeros_like(clean), "prompt": ["a teapot"]}
-    seen = {}
-    monkeypatch.setattr(script.F, "mse_loss", lambda prediction, target: seen.update(target=target) or target.mean())
-    model.loss({**batch, "generators": [torch.Generator().manual_seed(1)]})
-    generator = torch.Generator().manual_seed(1)
-    torch.randn(clean.shape[1:], generator=generator)  # the posterior's sample, of deviation zero
-    noise = torch.randn(clean.shape[1:], generator=generator)
-    alpha = model.noise_scheduler.alphas_cumprod[torch.randint(1000, (1,), generator=generator)]
-    torch.testing.assert_close(seen["target"], alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
+    check_velocity(model, {"prompt": ["a teapot"]}, monkeypatch)
 
 
 def test_a_stock_pipeline_reads_the_lora_weights(train, small, models_seen):

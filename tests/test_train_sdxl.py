@@ -423,25 +423,25 @@ def test_a_warm_start_goes_on_from_where_it_was(train, tmp_path):
     assert turned == pytest.approx(math.degrees(math.atan(5e-3)), rel=1e-3)
 
 
-def test_v_prediction_has_the_velocity_for_target(loaded, monkeypatch):
-    model = loaded()
-    model.noise_scheduler.register_to_config(prediction_type="v_prediction")
+def check_velocity(model, batch: dict, monkeypatch) -> None:
+    """The loss is the mean squared error to the velocity: alpha noise - sigma x at the timestep drawn."""
     clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    batch = {
-        "mean": clean,
-        "std": torch.zeros_like(clean),
-        "time_ids": torch.full((1, 6), 64.0),
-        "prompt": ["a <my-pot>"],
-    }
-    seen = {}
-    monkeypatch.setattr(script.F, "mse_loss", lambda prediction, target: seen.update(target=target) or target.mean())
-    model.loss({**batch, "generators": generators(1)})
+    seen, predict = [], model.predict
+    monkeypatch.setattr(model, "predict", lambda *args: seen.append(predict(*args)) or seen[-1])
+    latents = {"mean": clean, "std": torch.zeros_like(clean)}
+    loss = model.loss({**latents, **batch, "generators": generators(1)})
     generator = torch.Generator().manual_seed(1)
     torch.randn(clean.shape[1:], generator=generator)  # the posterior's sample, of deviation zero
     noise = torch.randn(clean.shape[1:], generator=generator)
-    t = torch.randint(1000, (1,), generator=generator)
-    alpha = model.noise_scheduler.alphas_cumprod[t]
-    torch.testing.assert_close(seen["target"], alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
+    alpha = model.noise_scheduler.alphas_cumprod[torch.randint(1000, (1,), generator=generator)]
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    torch.testing.assert_close(loss, (seen[0] - velocity).square().mean())
+
+
+def test_v_prediction_has_the_velocity_for_target(loaded, monkeypatch):
+    model = loaded()
+    model.noise_scheduler.register_to_config(prediction_type="v_prediction")
+    check_velocity(model, {"time_ids": torch.full((1, 6), 64.0), "prompt": ["a <my-pot>"]}, monkeypatch)
 
 
 @pytest.mark.parametrize("negative, drawn_without", [(None, None), ("", ""), ("a {}, blurred", "a <my-pot>, blurred")])
