@@ -1807,7 +1807,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
     # those that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
     presets = {
         "default": {
-            "rsgd": {"max_train_steps": 250, "learning_rate": 0.08, "lr_scheduler": "linear", "magnitude": "2mean"}
+            "rsgd": {"max_train_steps": 250, "learning_rate": 0.08, "lr_scheduler": "linear", "magnitude": "mean"}
         },
         "fast": {
             "rsgd": {"max_train_steps": 125, "learning_rate": 0.16, "lr_scheduler": "linear", "magnitude": "2mean"}
