@@ -374,6 +374,7 @@ ELSEWHERE = [
     " exists and is public. Make it private in its settings, or give another --hub_model_id.",
     ": the Hub does not accept the model card: ",
     ". Nothing is lost, all files are in ",
+    ": make room and go on with --resume_from_checkpoint latest.",
     ": TOML needs Python 3.11 or `pip install tomli`. YAML and JSON do not.",
     ", which is not there: take it from where this script is from.",
 ]

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,3 +300,13 @@ def test_sharing_sana_needs_its_pipelines_file(train, options, monkeypatch, tmp_
 def test_without_push_nothing_is_prepared_for_it(train):
     out = train(validation_prompt="a photo of {}", num_validation_images=1, validation_inference_steps=1)
     assert not (out / "hub").exists()
+
+
+def test_a_full_disk_while_sharing_names_the_file_and_what_is_safe(trainer, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "hub" / "README.md"))
+
+    monkeypatch.setattr(trainer, "fill_hub_folder", full)
+    model = SimpleNamespace(args=SimpleNamespace(hub_token=None, output_dir=tmp_path))
+    with pytest.raises(trainer.UserError, match="README.md cannot be written: No space left.*The results are in"):
+        trainer.share(model, "me/my-dog", {}, [], "")
