@@ -56,7 +56,7 @@ def test_every_subject_is_as_if_trained_alone(many, train, trainer, tmp_path):
         ("pot", "trained"),
         ("toy", "trained"),
     ]
-    assert "none does not exist: give a folder of photographs" in summary
+    assert "none does not exist: give a folder of images" in summary
     # The second subject has the models of the first, without its word.
     alone = train(placeholder_token="<my-toy>", initializer_token="stuffed animal", max_train_steps=3, **LORA)
     assert results(tmp_path / "many" / "toy") == results(alone)
