@@ -32,7 +32,7 @@ def many(small, tmp_path):
             f"--script {ROOT}/train_dti_{family}.py --subjects {tmp_path}/subjects.csv --output_dir {tmp_path}/many"
         )
         options += f" --pretrained_model_name_or_path {small}/{family} --resolution 64 --max_train_steps 3 --seed 0"
-        options += f" --train_batch_size 2 --report_to none --rank 2 --lora_learning_rate 0.01 {more}"
+        options += f" --train_batch_size 2 --report_to none --preset paper --rank 2 --lora_learning_rate 0.01 {more}"
         return subprocess.run(
             [sys.executable, *launcher.split(), str(ROOT / "examples" / "train_many.py"), *options.split()],
             capture_output=True,
