@@ -1272,7 +1272,7 @@ def why_unreadable(error: Exception, record: dict) -> str:
     """What is the matter with a photograph that Pillow does not read, and the remedy."""
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, the most that are read: make it smaller."
-    if "MAX_TEXT" in str(error):
+    if "MAX_TEXT" in str(error) or "Decompressed" in str(error):  # the latter before Pillow 11
         limit = PngImagePlugin.MAX_TEXT_CHUNK >> 20
         return f"has more than {limit} MiB of text or colour profile in it: save it without its metadata."
     if isinstance(error, OSError) and error.strerror:
