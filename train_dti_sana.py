@@ -2307,6 +2307,11 @@ def check_sharing_options(model) -> None:
             f"--hub_model_id {args.hub_model_id}" if args.hub_model_id else "--push_to_hub: the name of --output_dir"
         )
         raise UserError(f"{said} cannot name a repository: {one_line(error)} Give a --hub_model_id.") from None
+    folder = args.output_dir / "hub"
+    if folder.exists() and not (folder / "training_options.json").is_file():  # no earlier push has left it
+        raise UserError(
+            f"--push_to_hub gathers its files in {folder}, which holds others: move them, or --output_dir."
+        )
     for path in model.hub_code.values():
         if not path.is_file():
             raise UserError(
@@ -2601,6 +2606,8 @@ class History:
             entry[f"{name}/angle_to_initializer"] = angle(now, token.prior_mean).mean().item()
             entry[f"{name}/angle_since_last_log"] = angle(now, previous).mean().item()
             previous.copy_(now)
+            if "gradient_norm" not in optimizer.state[token.parameter]:  # fp16's scaler has let every step pass so far
+                continue
             gradient_norm = optimizer.state[token.parameter]["gradient_norm"].item()
             entry[f"{name}/gradient_norm"] = gradient_norm
             if kappa := optimizer.param_groups[0]["kappa"]:
@@ -2628,7 +2635,7 @@ class History:
         figure = Figure(figsize=(16, 3.5), layout="constrained")
         for axes, (label, keys) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
             for key in keys:
-                points = [(entry["step"], entry[key]) for entry in self.entries]
+                points = [(entry["step"], entry.get(key, math.nan)) for entry in self.entries]
                 axes.plot(*zip(*points, strict=True), label=key.split("/")[0])
             axes.set(xlabel="step", ylabel=label)
             axes.legend()

@@ -369,6 +369,7 @@ ELSEWHERE = [
     ". Earlier checkpoints are as they were.",
     "--scale_lr multiplies --learning_rate, and a preset's is not to be multiplied: give one.",
     " is beyond --max_train_steps ",
+    ", which holds others: move them, or --output_dir.",
     "--push_to_hub: ",
     " cannot name a repository: ",
     " exists and is public. Make it private in its settings, or give another --hub_model_id.",

@@ -154,6 +154,7 @@ def test_a_grid_goes_on_where_memory_ends(small, tmp_path, monkeypatch, capsys):
     assert text.count("denoiser backward") == 3
 
 
+@pytest.mark.slow
 def test_rows_and_whole_runs_are_processes_in_turns(tmp_path, monkeypatch):
     command = f"benchmark.py --work_dir {tmp_path} --size small --warmup 1 --steps 2 --breakdown_steps 0 --repeats 1"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--max_train_steps", "2", "--against", "sleep 0.{steps}"])

@@ -29,6 +29,7 @@ def test_the_words_say_what_was_measured():
     assert "2.00 times as long and learns from 2.00 times as many pictures" in said
 
 
+@pytest.mark.slow
 def test_rows_are_runs_of_the_script(tmp_path):
     argv = ["--work_dir", str(tmp_path), "--size", "small", "--only", "photographs", "--photographs", "2", "7"]
     growth.main([*argv, "--steps", "2"])

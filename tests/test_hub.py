@@ -112,7 +112,7 @@ def head(hub: HubServer, repo_id: str) -> dict:
     return yaml.safe_load(hub.repositories[repo_id].files["README.md"].decode().split("---\n")[1])
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sana", "sd"])
+@pytest.mark.parametrize("family", ["sdxl", "sana", pytest.param("sd", marks=pytest.mark.slow)])
 def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path, family):
     # SDXL: a public repository and --hub_token; the others: a private one, and logged in.
     script = {"sdxl": train_dti_sdxl, "sana": train_dti_sana, "sd": train_dti_sd}[family]
@@ -289,6 +289,15 @@ def test_what_can_be_seen_without_the_hub(trainer, train, monkeypatch, tmp_path,
     with pytest.raises(trainer.UserError, match=message) as caught:
         train(*flags.split(), **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_the_users_is_not_taken_for_an_earlier_pushs(trainer, train, no_weights, tmp_path):
+    mine = tmp_path / "out" / "hub" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(trainer.UserError, match="--push_to_hub gathers its files in .*hub, which holds others: move"):
+        train("--push_to_hub", output_dir=tmp_path / "out")
+    assert mine.read_text() == "mine"
 
 
 def test_sharing_sana_needs_its_pipelines_file(train, options, monkeypatch, tmp_path):

@@ -84,7 +84,7 @@ def test_every_training_command_of_the_readme_is_understood(command, monkeypatch
     functions_of(script).check_options(model_of(script, argv))
 
 
-@pytest.mark.parametrize("name", ["clown", "heart"])
+@pytest.mark.parametrize("name", ["clown", pytest.param("heart", marks=pytest.mark.slow)])
 def test_the_readmes_first_job_runs(monkeypatch, tmp_path, name):
     """The commands of "Try it", after the installation, in order and as they stand, and the lines that they print."""
     monkeypatch.chdir(tmp_path)

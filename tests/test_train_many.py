@@ -13,6 +13,10 @@ import train_dti_sana
 import train_dti_sdxl
 
 
+SCRIPTS = [
+    pytest.param(train_dti_sdxl, id="sdxl"),
+    pytest.param(train_dti_sana, id="sana", marks=pytest.mark.slow),
+]
 LORA = {"rank": 2, "lora_learning_rate": 0.01}
 ROWS = """name,instance_data_dir,placeholder_token,initializer_token
 pot,{photos},<my-pot>,teapot
@@ -43,7 +47,7 @@ def many(small, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("trainer", [train_dti_sdxl, train_dti_sana], ids=["sdxl", "sana"])
+@pytest.mark.parametrize("trainer", SCRIPTS)
 def test_every_subject_is_as_if_trained_alone(many, train, trainer, tmp_path):
     family = trainer.__name__.removeprefix("train_dti_")
     result = many("", family)
@@ -67,7 +71,7 @@ def test_every_subject_is_as_if_trained_alone(many, train, trainer, tmp_path):
     assert (tmp_path / "many" / "dog" / "learned_embeds.safetensors").stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("trainer", [train_dti_sdxl, train_dti_sana], ids=["sdxl", "sana"])
+@pytest.mark.parametrize("trainer", SCRIPTS)
 def test_in_half_precision_too_every_subject_begins_at_the_rows_that_were_loaded(many, train, trainer, tmp_path):
     many("", trainer.__name__.removeprefix("train_dti_"), "--mixed_precision bf16")
     options = {"placeholder_token": "<my-toy>", "initializer_token": "stuffed animal", "mixed_precision": "bf16"}

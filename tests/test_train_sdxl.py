@@ -49,6 +49,19 @@ def vocabulary(small: Path) -> list[torch.Tensor]:
     return [e.get_input_embeddings().weight.detach() for e in (pipe.text_encoder, pipe.text_encoder_2)]
 
 
+def test_a_log_before_the_first_step_that_fp16_lets_pass(loaded, tmp_path):
+    model = loaded()
+    optimizer = script.RiemannianSGD([{"params": [token.parameter]} for token in model.tokens], lr=0.1, kappa=0.1)
+    history = script.History(model)
+    assert not any("gradient" in name for name in history.add(1, 1.0, 0.1, optimizer))
+    for token in model.tokens:
+        token.parameter.grad = torch.ones_like(token.parameter)
+    optimizer.step()
+    assert history.add(2, 1.0, 0.1, optimizer)[f"{model.text_encoder_names[0]}/gradient_norm"] > 0
+    history.plot(tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 500
+
+
 # The command of the README, in processes of its own.
 
 
