@@ -75,7 +75,13 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -181,6 +187,68 @@ SWITCH = {"nargs": "?", "const": True, "default": False, "type": boolean, "metav
 NEGATED = {"const": False, "default": True, "type": lambda text: not boolean(text)}
 
 METHOD_OPTIONS = ("learning_rate", "lr_scheduler", "kappa", "magnitude", "optimizer", "init")  # told with the result
+
+# Options that other options make idle: when, in words, and what gives them an effect. The model's class has more.
+LORA_ONLY = (lambda args: not args.rank, "without --rank", "add --rank 32")
+ADAMW_ONLY = (lambda args: args.optimizer != "adamw" and not args.rank, "without AdamW", "add --optimizer adamw")
+SHOWN_ONLY = (lambda args: not args.validation_prompt, "without --validation_prompt", "give one")
+IDLE = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"), ADAMW_ONLY),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), LORA_ONLY),
+    **dict.fromkeys(("lora_learning_rate", "lora_start_step"), LORA_ONLY),
+    **dict.fromkeys(("validation_steps", "validate_first", "num_validation_images"), SHOWN_ONLY),
+    **dict.fromkeys(("validation_inference_steps", "validation_guidance_scale"), SHOWN_ONLY),
+    "validation_negative_prompt": (
+        lambda args: not args.validation_prompt or args.validation_guidance_scale <= 1,
+        "without --validation_prompt and a --validation_guidance_scale above 1",
+        "give both",
+    ),
+    "lr_warmup_steps": (
+        lambda args: args.lr_scheduler == "constant",
+        "with --lr_scheduler constant",
+        "use constant_with_warmup",
+    ),
+    "lr_num_cycles": (
+        lambda args: args.lr_scheduler != "cosine_with_restarts",
+        "except with --lr_scheduler cosine_with_restarts",
+        "use that",
+    ),
+    "init": (lambda args: args.init_embedding, "beside --init_embedding, which says where to start", ""),
+    "dataset_config_name": (lambda args: not args.dataset_name, "without --dataset_name", "give one"),
+    "image_column": (
+        lambda args: not args.dataset_name and (args.no_captions or args.prompt_templates or args.caption_extension),
+        "on a folder whose metadata file is not used",
+        "",
+    ),
+    "learnable_property": (
+        lambda args: args.prompt_templates or args.caption_column or args.caption_extension,
+        "where the prompts are not the built-in ones",
+        "",
+    ),
+    "crops_per_image": (
+        lambda args: (
+            not args.cache_latents or (args.center_crop and not args.random_flip and args.crops_per_image > 1)
+        ),
+        "with --no_cache_latents, which crops anew at every step, or where --center_crop leaves one view",
+        "",
+    ),
+    "dataloader_num_workers": (lambda args: args.cache_latents, "while latents are cached", "add --no_cache_latents"),
+    "revision": (
+        lambda args: os.path.exists(args.pretrained_model_name_or_path),
+        "on a model that is on this computer",
+        "",
+    ),
+    "save_steps": (
+        lambda args: args.save_steps >= args.max_train_steps,
+        "from the last step on, which is saved anyway",
+        "give less than --max_train_steps",
+    ),
+    "logging_dir": (
+        lambda args: args.report_to != "tensorboard",
+        "except with --report_to tensorboard",
+        "use that",
+    ),
+}
 
 # fmt: off
 
@@ -379,6 +447,12 @@ def config_arguments(path: Path, overruled: set[str], model_class: type) -> list
     return arguments
 
 
+def overruled_config(given: dict, model_class: type) -> list[str]:
+    """The command line that --config stands for, without what is `given` beside it or is a given preset's. Raises UserError."""
+    of_presets = {name for preset in model_class.presets.values() for options in preset.values() for name in options}
+    return config_arguments(given["config"], {*given, *(of_presets if "preset" in given else ())}, model_class)
+
+
 def parse_given(argv: list[str], model_class: type, prog: str | None = None) -> argparse.Namespace:
     """Only what `argv` gives, without defaults. `prog` begins the error messages."""
     parser = make_parser(model_class, add_help=False)
@@ -388,17 +462,44 @@ def parse_given(argv: list[str], model_class: type, prog: str | None = None) -> 
     return parser.parse_known_args(argv)[0]
 
 
+def given_options(argv: list[str] | None, model_class: type) -> set[str]:
+    """Names of the options that the user gave, of those in a file the ones that are not the default's. Raises UserError.
+
+    A run's own file has them all, its preset beside what the preset stands for, and repeats that run.
+    """
+    given = vars(parse_given(sys.argv[1:] if argv is None else argv, model_class))
+    if "config" not in given:
+        return {*given}
+    parser, arguments = make_parser(model_class, add_help=False), overruled_config(given, model_class)
+    from_file = vars(parse_given(arguments, model_class))
+    of_file = {name for name, value in from_file.items() if value != parser.get_default(name)} - {"preset"}
+    return {*given} | of_file
+
+
+def refuse_idle(model, given: set[str]) -> None:
+    """Refuse what the user gave and another option makes idle. Raises UserError."""
+    args, parser = model.args, make_parser(type(model), add_help=False)
+    for name, (idle, when, remedy) in {**IDLE, **model.idle_options}.items():
+        value = getattr(args, name, None)
+        nothing = not value and value == parser.get_default(name)  # such as --lr_warmup_steps 0
+        if name in given and not nothing and idle(args):
+            text = ",".join(value) if isinstance(value, list) else value
+            said = f"--{name}" if value is True else f"--{name} {text}"
+            raise UserError(f"{said} has no effect {when}: {remedy + ', or ' * bool(remedy)}leave it out.")
+    named = model.presets[args.preset].get(args.optimizer, {})
+    if "preset" in given and given.issuperset(named):
+        raise UserError(
+            f"--preset {args.preset} has no effect where each of {', '.join(named)} is given: leave it out."
+        )
+
+
 def parse_args(argv: list[str] | None, model_class: type) -> argparse.Namespace:
     """The options of the command line, then of --config, then of the preset, then the defaults. Raises UserError."""
     parser = make_parser(model_class)
     argv = sys.argv[1:] if argv is None else argv
     given = vars(parse_given(argv, model_class))
     if "config" in given:
-        of_presets = {
-            name for preset in model_class.presets.values() for options in preset.values() for name in options
-        }
-        overruled = {*given, *(of_presets if "preset" in given else ())}
-        from_file = config_arguments(given["config"], overruled, model_class)
+        from_file = overruled_config(given, model_class)
         parse_given(from_file, model_class, prog=f"{parser.prog}: --config {given['config']}")
         argv = [*from_file, *argv]
     args = parser.parse_args(argv)
@@ -1098,8 +1199,11 @@ def read_captions(images: list[Path], args: argparse.Namespace) -> list[Caption]
     if args.caption_extension and not beside:
         name = f"{images[0].stem}{args.caption_extension}"
         raise UserError(f"--caption_extension {args.caption_extension}: {folder} has no captions, such as {name}.")
-    if args.caption_column and not metadata:
-        raise UserError(f"--caption_column {args.caption_column}: {folder} has no {' or '.join(METADATA_FILES)}.")
+    named = {"caption_column": args.caption_column}
+    named |= {"image_column": args.image_column} if args.image_column != "image" else {}
+    for option, column in named.items():
+        if column and not metadata:
+            raise UserError(f"--{option} {column}: {folder} has no {' or '.join(METADATA_FILES)}.")
     sources = beside | metadata if args.caption_extension else metadata | beside
     used = None if args.prompt_templates else next(iter(sources), None)
     if unused := [name for name in sources if name != used]:
@@ -1142,8 +1246,9 @@ def read_metadata(path: Path, images: list[Path], args: argparse.Namespace) -> l
     rows = metadata_rows(path, column)
     # A data set of several images a row has no file_name, but a column such as image_file_name for each.
     names = [name for name in (rows[0] if rows else ()) if str(name).endswith("_file_name")]
-    wanted = (f"{args.image_column}_file_name", "file_name", *(names if len(names) == 1 else ()))
-    key = next((name for name in wanted if rows and name in rows[0]), "file_name")
+    usual = ("file_name", *(names if len(names) == 1 else ())) if args.image_column == "image" else ()
+    named = f"{args.image_column}_file_name"
+    key = next((name for name in (named, *usual) if rows and name in rows[0]), (*usual, named)[0])
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
         if missing := [name for name in (key, column) if name not in row]:
@@ -1425,6 +1530,11 @@ def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> l
     captions = [
         Caption(row["caption"], row.get("source") or f"--dataset_name {args.dataset_name}, row {n}") for n, row in rows
     ]
+    if args.learnable_property == "style":
+        raise UserError(
+            f"--learnable_property style chooses among the built-in prompts, and captions are used ({captions[0].source}):"
+            " add --no_captions, or leave it out."
+        )
     lines = [caption_lines(caption) for caption in captions]
     check_new_word(captions, lines, args)
     return [[line.replace("{}", args.placeholder_token) for line in each] for each in lines]
@@ -1680,6 +1790,7 @@ class StableDiffusionXL:
     vae_class = AutoencoderKL
     scheduler_class = DDPMScheduler
     predictions = (None, "epsilon", "v_prediction")
+    idle_options = {}  # more of IDLE
     resolution_step = 8  # pixels a latent position
     tokenizer_names = ("tokenizer", "tokenizer_2")
     text_encoder_names = ("text_encoder", "text_encoder_2")
@@ -2534,16 +2645,55 @@ def scale_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> N
         args.scale_lr = False
 
 
+def check_surroundings(args: argparse.Namespace) -> None:
+    """Refuse what accelerate's configuration or the environment asks for and nothing here obeys. Raises UserError."""
+
+    def asked(name: str) -> str:
+        return os.environ.get(name, "").lower()
+
+    remedy = "choose another by `accelerate config`, or launch with --multi_gpu, or on one GPU by `python`"
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "TP", "SAGEMAKER"):
+        if asked(f"ACCELERATE_USE_{name}") in ("true", "1", "yes"):
+            raise UserError(f"ACCELERATE_USE_{name}: there is no trained model here to be divided: {remedy}.")
+    steps = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
+    if steps not in ("1", "auto", str(args.gradient_accumulation_steps)):
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}, and --gradient_accumulation_steps"
+            f" {args.gradient_accumulation_steps}: give both the same value, or unset the first."
+        )
+    precision = asked("ACCELERATE_MIXED_PRECISION") or "no"
+    if args.mixed_precision is None and precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision}: give --mixed_precision no, fp16 or bf16.")
+    if not args.compile and (compiler := asked("ACCELERATE_DYNAMO_BACKEND") or "no") != "no":
+        raise UserError(f"ACCELERATE_DYNAMO_BACKEND is {compiler}: to compile, add --compile; otherwise set it to no.")
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Refuse several processes that do not know of each other, each a whole run in the same folder. Raises UserError."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        size = os.environ.get(name, "1")
+        if size.isdecimal() and accelerator.num_processes < int(size):
+            raise UserError(
+                f"{name} is {size}, and accelerate sees {accelerator.num_processes} process on {accelerator.device}: for"
+                " several processes on CPUs set ACCELERATE_USE_CPU=true, otherwise start one."
+            )
+
+
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up precision, processes, trackers and log output. Raises UserError."""
+    check_surroundings(args)
     try:
         accelerator = Accelerator(
+            # Else it would divide the loss once more by what the environment says.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
         )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device that has none
-        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+        raise UserError(f"--mixed_precision {precision}: {error}") from None
+    check_processes(accelerator)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch_dtype")  # the one name that all supported versions know
@@ -2712,6 +2862,34 @@ class Interruption:
 interruption = Interruption()
 
 
+class ForgivingStream:
+    """Standard output or error, but that writing to it never raises and so never ends a run.
+
+    What its encoding lacks is escaped, and what nobody reads any more, as after `| head`, is dropped.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def forgive_output() -> None:
+    """Let no print and no log message raise, this script's or a library's, whatever the terminal is."""
+    sys.stdout, sys.stderr = (x and ForgivingStream(x) for x in (sys.stdout, sys.stderr))
+
+
 def announce(args: argparse.Namespace, derived: dict) -> None:
     logger.info("***** Directional Textual Inversion *****")
     for name, value in derived.items():
@@ -2757,6 +2935,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     model = model_class(args)
     check_options(model)
     check_sharing_options(model)
+    refuse_idle(model, given_options(argv, model_class))
     accelerator = start_accelerator(args)
     scale_learning_rate(args, accelerator)
     check_model(model)
@@ -2872,6 +3051,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
 
 def run(model_class: type) -> None:
     """`main` as a program: a user's mistake is one line and status 1."""
+    forgive_output()
     interruption.listen()
     try:
         main(model_class=model_class)

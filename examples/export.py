@@ -731,9 +731,38 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+class ForgivingStream:
+    """Standard output or error, but that writing to it never raises and so never ends a run.
+
+    What its encoding lacks is escaped, and what nobody reads any more, as after `| head`, is dropped.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def forgive_output() -> None:
+    """Let no print and no log message raise, this script's or a library's, whatever the terminal is."""
+    sys.stdout, sys.stderr = (x and ForgivingStream(x) for x in (sys.stdout, sys.stderr))
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: a UserError ends it with one line and status 1, Ctrl-C with status 130."""
     name = Path(sys.argv[0]).name
+    forgive_output()
     try:
         main()
     except UserError as error:

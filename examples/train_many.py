@@ -27,6 +27,8 @@ import time
 import traceback
 from pathlib import Path
 
+from export import forgive_output
+
 
 def take_one_device() -> tuple[int, int]:
     """This process's rank and the number of processes; from here on the process has one device and knows of no others.
@@ -181,4 +183,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    forgive_output()
     main()

@@ -81,7 +81,9 @@ def test_the_front_page_names_the_command_of_the_readme(name):
 def test_every_training_command_of_the_readme_is_understood(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     script, argv = arguments(command)
-    functions_of(script).check_options(model_of(script, argv))
+    functions, model = functions_of(script), model_of(script, argv)
+    functions.check_options(model)
+    functions.refuse_idle(model, functions.given_options(argv, script.MODEL_CLASS))
 
 
 @pytest.mark.parametrize("name", ["clown", pytest.param("heart", marks=pytest.mark.slow)])
