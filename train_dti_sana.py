@@ -954,7 +954,7 @@ def vocabulary_magnitude(vocabulary: torch.Tensor, rule: str | float) -> float |
     norms = torch.cat(
         [rows.float().norm(dim=-1) for rows in vocabulary.split(8192)]
     )  # never a whole copy of the matrix
-    norms = norms[norms > 0].double()
+    norms = norms[norms > 0].cpu().double()  # Apple GPUs have no float64
     return norms.min().item() if rule == "min" else float(rule.removesuffix("mean") or 1) * norms.mean().item()
 
 
