@@ -2403,6 +2403,27 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
     return checkpoint
 
 
+# Copied from train_dti_sdxl.share_checkpoint
+def share_checkpoint(args: argparse.Namespace, num_vectors: int, accelerator: Accelerator) -> Checkpoint | None:
+    """The first process's checkpoint for all: each machine has a disk of its own. Raises UserError in every process."""
+    return from_first(lambda: choose_checkpoint(args, num_vectors), accelerator)
+
+
+# Copied from train_dti_sdxl.from_first
+def from_first(decide: Callable, accelerator: Accelerator):
+    """What `decide` returns in the first process, or the UserError that it raises there, for every process."""
+    outcome = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [decide()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
 # Copied from train_dti_sdxl.repository_name
 def repository_name(args: argparse.Namespace) -> str:
     """What to upload to: my-name/my-dog, or my-dog in the account of the token."""
@@ -2494,16 +2515,7 @@ def open_repository(args: argparse.Namespace) -> str:
 # Copied from train_dti_sdxl.prepare_repository
 def prepare_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
     """Settle where to push, if at all, before anything is trained in vain. Raises UserError in every process."""
-    outcome = [None]
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            outcome = [open_repository(args)]
-        except UserError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
+    return from_first(lambda: open_repository(args) if args.push_to_hub else None, accelerator)
 
 
 # Copied from train_dti_sdxl.card_data
@@ -2826,7 +2838,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device that has none
         precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-        raise UserError(f"--mixed_precision {precision}: {error}") from None
+        raise UserError(f"{f'--mixed_precision {precision}' if precision else 'accelerate'}: {error}") from None
     check_processes(accelerator)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -2975,6 +2987,8 @@ class Training:
 class Interruption:
     """SIGINT and SIGTERM: within the loop the step is finished and a checkpoint saved; elsewhere the script just ends."""
 
+    seconds = 3.0  # between two times that several processes ask each other, about
+
     def __init__(self):
         self.signal, self.in_loop = None, False
 
@@ -2982,19 +2996,32 @@ class Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
+    def enter_loop(self, first_step: int) -> None:
+        self.in_loop = True
+        self.next_step, self.last_step, self.last_time = first_step, first_step - 1, time.perf_counter()
+
     def receive(self, number: int, frame) -> None:
         if not self.in_loop or self.signal is not None:  # a second one does not wait
             print("Interrupted.", file=sys.stderr)
             sys.exit(128 + number)
         self.signal = number
 
-    def agreed(self, accelerator: Accelerator, step: int, args: argparse.Namespace) -> bool:
-        """Whether to stop after this step. Several processes agree on it at log steps only, where they wait anyway."""
+    def agreed(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether to stop after this step. Several processes agree on it every few seconds, for then they wait for each other.
+
+        All of them must ask at the same steps, so they also agree on when to ask next.
+        """
         if accelerator.num_processes == 1:
             return self.signal is not None
-        if step % args.logging_steps:
+        if step < self.next_step:
             return False
-        self.signal = max(gather_object([self.signal or 0])) or None
+        now = time.perf_counter()
+        asked = gather_object([(self.signal or 0, now - self.last_time)])
+        steps, seconds = step - self.last_step, max(elapsed for _, elapsed in asked)
+        # Never more than twice as many steps as last time: a first step may be slow, and then a validation.
+        self.next_step = step + max(1, min(2 * steps, int(self.seconds * steps / seconds)))
+        self.last_step, self.last_time = step, now
+        self.signal = max(number for number, _ in asked) or None
         return self.signal is not None
 
 
@@ -3094,7 +3121,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     check_images(photographs, args.resolution)
     check_masks(photographs, args)
     repository = prepare_repository(args, accelerator)
-    checkpoint = choose_checkpoint(args, num_vectors)
+    checkpoint = share_checkpoint(args, num_vectors, accelerator)
     seed = choose_seed(args, checkpoint)
 
     # The model, frozen. While the photographs are encoded, the VAE is alone on the device.
@@ -3150,7 +3177,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     )
     if accelerator.is_main_process and args.validate_first and checkpoint is None:
         validate(model, accelerator, seed, step=0)
-    interruption.in_loop = True
+    interruption.enter_loop(first_step)
     for step in progress:
         for _ in range(args.gradient_accumulation_steps):
             loss = model.loss(next(data))
@@ -3163,7 +3190,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         training.step()
 
         last = step == args.max_train_steps
-        stop = interruption.agreed(accelerator, step, args)
+        stop = interruption.agreed(accelerator, step)
         if step % args.logging_steps == 0 or last:
             log(training, step, learning_rate, progress)
         if step % args.checkpointing_steps == 0 or last or stop:

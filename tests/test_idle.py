@@ -1,5 +1,7 @@
 """No option and no setting of accelerate's is without effect in silence: it acts, or one line refuses it."""
 
+from types import SimpleNamespace
+
 import pytest
 from kill_test import results
 
@@ -106,8 +108,6 @@ def test_a_column_of_images_is_the_one_that_is_read(train, small, tmp_path, trai
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "STEPS is 4, and --gradient_accumulation_steps 1: give both"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "ACCELERATE_MIXED_PRECISION is fp8: give --mixed_precision no"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND is inductor: to compile, add --compile"),
-        ("WORLD_SIZE", "2", "WORLD_SIZE is 2, and accelerate sees 1 process on cpu: .* ACCELERATE_USE_CPU=true"),
-        ("OMPI_COMM_WORLD_SIZE", "2", "OMPI_COMM_WORLD_SIZE is 2, and accelerate sees 1 process"),
     ],
 )
 def test_settings_that_nothing_obeys_end_in_one_line(train, trainer, no_weights, monkeypatch, name, value, message):
@@ -115,6 +115,17 @@ def test_settings_that_nothing_obeys_end_in_one_line(train, trainer, no_weights,
     monkeypatch.setenv(name, value)
     with pytest.raises(trainer.UserError, match=message):
         train()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_do_not_know_of_each_other_end_in_one_line(trainer, monkeypatch, name):
+    """As `torchrun` on a machine without a GPU starts them: each would be a whole run in the same folder."""
+    monkeypatch.setenv(name, "2")
+    trainer.check_processes(SimpleNamespace(num_processes=2, device="cpu"))
+    with pytest.raises(
+        trainer.UserError, match=f"^{name} is 2, and accelerate sees 1 process on cpu: .* ACCELERATE_USE"
+    ):
+        trainer.check_processes(SimpleNamespace(num_processes=1, device="cpu"))
 
 
 def test_settings_that_ask_for_nothing_are_as_none(train, monkeypatch):
