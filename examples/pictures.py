@@ -1,5 +1,6 @@
 """Photographs for the other examples, which find and decode them by the training scripts' own functions."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -19,6 +20,12 @@ def open_picture(path: Path) -> Image.Image:
         return training.open_image({"path": str(path), "bytes": None})
     except training.UserError as error:
         raise UserError(str(error)) from None
+
+
+def png(picture: Image.Image) -> bytes:
+    """A PNG file's content."""
+    picture.save(content := io.BytesIO(), "PNG")
+    return content.getvalue()
 
 
 def pictures_in(folder: Path, option: str) -> list[Path]:

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT
 from export import Embedding, write_embedding
 from PIL import Image
+from test_describe import segmenter, talker  # noqa: F401
 
 import train_dti_sana
 import train_dti_sdxl
@@ -119,7 +120,7 @@ def learned(small, tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", example_commands())
-def test_every_example_command_of_the_readme_runs(command, small, judges, learned):
+def test_every_example_command_of_the_readme_runs(command, small, judges, talker, segmenter, learned):  # noqa: F811
     """As it stands, but with small models and few steps, in a process of its own; one may use what another made."""
     command = command.replace("stabilityai/stable-diffusion-xl-base-1.0", str(small / "sdxl"))
     program, *argv = shlex.split(command)[1:]
@@ -129,6 +130,8 @@ def test_every_example_command_of_the_readme_runs(command, small, judges, learne
         argv += "--warmup 1 --steps 2 --breakdown_steps 1".split()
     if program == "examples/evaluate.py":
         argv += ["--dino", str(judges / "dino"), "--siglip", str(judges / "siglip"), "--seeds", "0"]
+    if program in ("examples/caption.py", "examples/make_masks.py"):
+        argv += ["--model", str(talker if "caption" in program else segmenter)]
     before = {path: path.stat().st_mtime_ns for path in learned.rglob("*") if path.is_file()}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
