@@ -698,6 +698,7 @@ def check_model(model) -> None:
     if prediction not in model.predictions:
         known = ", ".join(filter(None, model.predictions))
         raise UserError(f"{option} predicts {prediction!r}; this script knows {known}.")
+    model.check_parts(option, scheduler)
 
 
 # Copied from train_dti_sdxl.check_lora_targets
@@ -1968,6 +1969,23 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         add("--validation_guidance_scale", type=number(float, 0), default=4.5, help="Guidance scale of the validation images.")
     # fmt: on
 
+    def check_parts(self, option: str, scheduler: dict) -> None:
+        """Refuse a model with another kind of noise or of transformer, from its configurations alone. Raises UserError."""
+        name = scheduler.get("_class_name", self.scheduler_class.__name__)
+        if not name.startswith("FlowMatch") and not scheduler.get("use_flow_sigmas"):
+            raise UserError(
+                f"{option} is sampled by {name} without use_flow_sigmas: this script trains flow matching."
+            )
+        with missing_parts_as_user_errors(self.args):
+            transformer = self.denoiser_class.load_config(
+                self.args.pretrained_model_name_or_path, subfolder=self.denoiser_name, **hub_options(self.args)
+            )
+        if transformer.get("guidance_embeds"):
+            raise UserError(
+                f"{option} is a distilled SANA (its transformer has guidance_embeds): train with the model that it was"
+                " distilled from."
+            )
+
     def load_tokenizers(self) -> None:
         with missing_parts_as_user_errors(self.args):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -2042,6 +2060,10 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         """Scaled latents (B, C, R/32, R/32) of images (B, 3, R, R) in [-1, 1], in float32. They are deterministic."""
         latents = self.vae.encode(pixel_values.to(self.vae.device)).latent
         return {"latents": latents * self.vae.config.scaling_factor}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, R, R) in [-1, 1] of latents, in float32."""
+        return self.vae.decode(latents.float() / self.vae.config.scaling_factor).sample
 
     def loss(self, batch: dict) -> torch.Tensor:
         """L_data: flow matching with the scheduler's sigmas, timesteps drawn and weighted as in SD3. A float32 scalar."""
@@ -2665,7 +2687,7 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
 @torch.no_grad()
 def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list[Image.Image]]:
     """Sample every validation prompt. Returns the pictures of each, and puts them into validation-<step>.png and the tracker."""
-    args, scale, dropout = model.args, model.vae.config.scaling_factor, model.denoiser.training
+    args, dropout = model.args, model.denoiser.training
     negative = args.validation_negative_prompt and args.validation_negative_prompt.replace(
         "{}", args.placeholder_token
     )
@@ -2676,7 +2698,7 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list
         model.denoiser.train(dropout)
         # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
         with offload_models(*others, device="cpu", offload=args.gradient_checkpointing):
-            pixels = [[model.vae.decode(x.float() / scale).sample for x in row] for row in latents]
+            pixels = [[model.decode(x) for x in row] for row in latents]
     free_memory()
     rows = [VaeImageProcessor().postprocess(torch.cat(row)) for row in pixels]
 

@@ -659,6 +659,7 @@ def check_model(model) -> None:
     if prediction not in model.predictions:
         known = ", ".join(filter(None, model.predictions))
         raise UserError(f"{option} predicts {prediction!r}; this script knows {known}.")
+    model.check_parts(option, scheduler)
 
 
 def check_lora_targets(model) -> None:
@@ -1791,6 +1792,16 @@ class StableDiffusionXL:
     scheduler_class = DDPMScheduler
     predictions = (None, "epsilon", "v_prediction")
     idle_options = {}  # more of IDLE
+    # Samplers of models that are trained as DDPM trains, with noise by a schedule of betas. Which of them a file names is
+    # the same to the training; a sampler of another kind of model is not.
+    samplers = (
+        *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
+        *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "TCDScheduler"),
+        *("KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+        *("DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"),
+        *("LCMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"),
+    )
+    normalizes_latents = True  # the pipeline honours a VAE's latents_mean and latents_std
     resolution_step = 8  # pixels a latent position
     tokenizer_names = ("tokenizer", "tokenizer_2")
     text_encoder_names = ("text_encoder", "text_encoder_2")
@@ -1869,10 +1880,66 @@ The LoRA weights for these tools are [`{file}`]({url}).
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument_group("Stable Diffusion XL").add_argument
+        StableDiffusionXL.add_schedule_options(add)
         add("--pooling", choices=["stock", "eos"], default="stock", help="Where the second encoder's pooled output is read in training: as a stock pipeline does (at the new word), or at the end token.")
         add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
         add("--validation_guidance_scale", type=number(float, 0), default=5.0, help="Guidance scale of the validation images.")
+
+    @staticmethod
+    def add_schedule_options(add: Callable) -> None:
+        add("--prediction_type", choices=["epsilon", "v_prediction"], default=None, help="What the UNet predicts, for models whose files do not say or say it wrong, such as NoobAI's v-prediction. Default: what the scheduler's file says.")
+        add("--rescale_betas_zero_snr", **SWITCH, help="Rescale the noise schedule so that its last step is noise alone, for models with v-prediction that were trained so, such as NoobAI's.")
     # fmt: on
+
+    def check_parts(self, option: str, scheduler: dict) -> None:
+        """Refuse a model with another kind of noise or of UNet, from its configurations alone. Raises UserError."""
+        name = scheduler.get("_class_name", self.scheduler_class.__name__)
+        odd = [f"{k} {scheduler[k]}" for k in ("use_flow_sigmas", "sigma_data") if scheduler.get(k)]
+        odd += ["timestep_type continuous"] * (scheduler.get("timestep_type") == "continuous")
+        if name not in self.samplers or odd:
+            what = f"{name} with {odd[0]}" if odd else name
+            raise UserError(
+                f"{option} is sampled by {what}. It is an EDM, flow-matching or other model, and this script trains those"
+                " with a schedule of betas."
+            )
+        options = {**scheduler, **self.schedule_options()}
+        if options.get("rescale_betas_zero_snr") and options.get("prediction_type") != "v_prediction":
+            asked = (
+                "--rescale_betas_zero_snr" if self.args.rescale_betas_zero_snr else f"{option} rescales its betas and"
+            )
+            raise UserError(
+                f"{asked} needs a model that predicts velocities, for from noise alone no noise can be told: add"
+                " --prediction_type v_prediction if it does."
+            )
+        with missing_parts_as_user_errors(self.args):
+            unet = self.denoiser_class.load_config(
+                self.args.pretrained_model_name_or_path, subfolder=self.denoiser_name, **hub_options(self.args)
+            )
+        if unet.get("time_cond_proj_dim"):
+            raise UserError(
+                f"{option} is a latent consistency model (its UNet has time_cond_proj_dim): train with the model that it was"
+                " distilled from, and load the embedding into both."
+            )
+
+    def schedule_options(self) -> dict:
+        """What the options say of the noise schedule, in the schedulers' own words."""
+        given = {"prediction_type": self.args.prediction_type} if self.args.prediction_type else {}
+        if self.args.rescale_betas_zero_snr:  # samplers must then begin at the last step
+            given |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return given
+
+    def load_scheduler(self) -> DDPMScheduler:
+        """The noise of the training: the schedule that the model's own sampler has, and what the options say of it."""
+        config = self.scheduler_class.load_config(
+            self.args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(self.args)
+        )
+        shipped = (
+            getattr(diffusers, config.get("_class_name", self.scheduler_class.__name__)).from_config(config).config
+        )
+        # What a file leaves out is the default of the class that it names, and these differ.
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+        schedule = {name: shipped[name] for name in names if name in shipped}
+        return self.scheduler_class.from_config({**config, **schedule, **self.schedule_options()})
 
     def load_tokenizers(self) -> None:
         path, options = self.args.pretrained_model_name_or_path, hub_options(self.args)
@@ -1888,9 +1955,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
         args, path = self.args, self.args.pretrained_model_name_or_path
         options = {"variant": args.variant, **hub_options(args)}
         with missing_parts_as_user_errors(args):
-            self.noise_scheduler = self.scheduler_class.from_pretrained(
-                path, subfolder="scheduler", **hub_options(args)
-            )
+            self.noise_scheduler = self.load_scheduler()
             # SDXL's VAE overflows in fp16.
             self.vae = self.vae_class.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **options)
             self.denoiser = self.denoiser_class.from_pretrained(
@@ -1958,8 +2023,22 @@ The LoRA weights for these tools are [`{file}`]({url}).
         The posterior is kept rather than a sample of it, so that every step draws a fresh one also from cached latents.
         """
         posterior = self.vae.encode(pixel_values.to(self.vae.device)).latent_dist
-        scale = self.vae.config.scaling_factor
-        return {"mean": posterior.mean * scale, "std": posterior.std * scale}
+        mean, std = self.latent_statistics()
+        scale = self.vae.config.scaling_factor / std
+        return {"mean": (posterior.mean - mean) * scale, "std": posterior.std * scale}
+
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation (1, C, 1, 1) by which the pipeline normalizes the VAE's latents: 0 and 1 with most."""
+        config, shape = self.vae.config, (1, self.vae.config.latent_channels, 1, 1)
+        found = config.get("latents_mean"), config.get("latents_std")
+        if None in found or not self.normalizes_latents:
+            found = [0.0] * shape[1], [1.0] * shape[1]
+        return tuple(to_device(torch.tensor(x).view(shape), self.vae.device) for x in found)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, R, R) in [-1, 1] of latents, in float32."""
+        mean, std = self.latent_statistics()
+        return self.vae.decode(latents.float() * std / self.vae.config.scaling_factor + mean).sample
 
     def loss(self, batch: dict) -> torch.Tensor:
         """L_data: squared error of the UNet's prediction at uniform timesteps, its mean by the masks. A float32 scalar."""
@@ -1993,7 +2072,10 @@ The LoRA weights for these tools are [`{file}`]({url}).
         is in.
         """
         args = self.args
-        scheduler = DDIMScheduler.from_config(self.noise_scheduler.config, clip_sample=False, set_alpha_to_one=False)
+        options = {"clip_sample": False, "set_alpha_to_one": False}
+        if self.noise_scheduler.config.rescale_betas_zero_snr:
+            options["timestep_spacing"] = "trailing"  # from noise alone, as the last step was trained
+        scheduler = DDIMScheduler.from_config(self.noise_scheduler.config, **options)
         names = (*self.tokenizer_names, *self.text_encoder_names)
         parts = dict(zip(names, (*self.tokenizers, *self.text_encoders), strict=True))
         parts |= {"vae": self.vae, self.denoiser_name: self.denoiser, "scheduler": scheduler}
@@ -2015,6 +2097,11 @@ The LoRA weights for these tools are [`{file}`]({url}).
             latents.append(output.images)
         return latents
 
+    def scheduler_lines(self) -> str:
+        """The printed line that gives a stock pipeline the noise schedule of the training, where options have changed it."""
+        given = "".join(f", {name}={value!r}" for name, value in self.schedule_options().items()).replace("'", '"')
+        return f"\npipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config{given})" if given else ""
+
     def loading_snippet(self, device: torch.device, dtype: torch.dtype, repository: str | None = None) -> str:
         """Python lines that load the result into a stock pipeline and draw a picture; they run as they stand.
 
@@ -2027,10 +2114,10 @@ The LoRA weights for these tools are [`{file}`]({url}).
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
         return f"""
 import torch
-from diffusers import StableDiffusionXLPipeline, __version__
+from diffusers import {"EulerDiscreteScheduler, " if self.schedule_options() else ""}StableDiffusionXLPipeline, __version__
 
 dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
-pipe = StableDiffusionXLPipeline.from_pretrained({model}, **dtype).to("{device.type}")
+pipe = StableDiffusionXLPipeline.from_pretrained({model}, **dtype).to("{device.type}"){self.scheduler_lines()}
 pipe.load_textual_inversion({folder})
 pipe.load_textual_inversion(
     {folder}, weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
@@ -2536,7 +2623,7 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
 @torch.no_grad()
 def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list[Image.Image]]:
     """Sample every validation prompt. Returns the pictures of each, and puts them into validation-<step>.png and the tracker."""
-    args, scale, dropout = model.args, model.vae.config.scaling_factor, model.denoiser.training
+    args, dropout = model.args, model.denoiser.training
     negative = args.validation_negative_prompt and args.validation_negative_prompt.replace(
         "{}", args.placeholder_token
     )
@@ -2547,7 +2634,7 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list
         model.denoiser.train(dropout)
         # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
         with offload_models(*others, device="cpu", offload=args.gradient_checkpointing):
-            pixels = [[model.vae.decode(x.float() / scale).sample for x in row] for row in latents]
+            pixels = [[model.decode(x) for x in row] for row in latents]
     free_memory()
     rows = [VaeImageProcessor().postprocess(torch.cat(row)) for row in pixels]
 

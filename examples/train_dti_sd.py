@@ -70,12 +70,14 @@ class StableDiffusion(StableDiffusionXL):
     web_use = StableDiffusionXL.web_use.replace("ComfyUI, Fooocus", "ComfyUI")  # Fooocus is for SDXL
     web_lora_use = StableDiffusionXL.web_lora_use.replace("ComfyUI, Fooocus", "ComfyUI")
     card_tags = ("stable-diffusion", "stable-diffusion-diffusers")
+    normalizes_latents = False  # StableDiffusionPipeline takes no notice of latents_mean
 
     # fmt: off
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
         parser.set_defaults(resolution=512)
         add = parser.add_argument_group("Stable Diffusion").add_argument
+        StableDiffusionXL.add_schedule_options(add)
         add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
         add("--validation_guidance_scale", type=number(float, 0), default=7.5, help="Guidance scale of the validation images.")
     # fmt: on
@@ -118,10 +120,10 @@ class StableDiffusion(StableDiffusionXL):
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
         return f"""
 import torch
-from diffusers import StableDiffusionPipeline, __version__
+from diffusers import {"EulerDiscreteScheduler, " if self.schedule_options() else ""}StableDiffusionPipeline, __version__
 
 dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
-pipe = StableDiffusionPipeline.from_pretrained({model}, **dtype).to("{device.type}")
+pipe = StableDiffusionPipeline.from_pretrained({model}, **dtype).to("{device.type}"){self.scheduler_lines()}
 pipe.load_textual_inversion({folder}){lora}
 pipe({prompt}).images[0].save("picture.png")
 """

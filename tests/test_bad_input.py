@@ -105,6 +105,10 @@ def bad(small, tmp_path, monkeypatch):
             else:
                 cls = {"sana": "SanaPipeline", "inpaint": "StableDiffusionXLInpaintPipeline"}[name]
                 index.write_text(index.read_text().replace("StableDiffusionXLPipeline", cls))
+        elif name in PARTS:
+            shutil.copytree(small / PARTS[name][0], target)
+            config = target / PARTS[name][1]
+            config.write_text(json.dumps(json.loads(config.read_text()) | PARTS[name][2]))
         elif name in ("nothing_in_it", "checkpoint-5"):
             target.mkdir()
         elif name == "checkpoint-6":
@@ -164,6 +168,16 @@ EMBEDDINGS = {
     "lora": {f"unet.x.to_{q}.lora_{a}.weight": torch.ones(2, 2) for q in "qkv" for a in "AB"},
 }
 
+SCHEDULER = "scheduler/scheduler_config.json"
+PARTS = {  # of models that are loaded by the same pipeline: the small one, the file, and what it says there
+    "playground": ("sdxl", SCHEDULER, {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}),
+    "cosxl": ("sdxl", SCHEDULER, {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+    "flow": ("sdxl", SCHEDULER, {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}),
+    "lcm": ("sdxl", "unet/config.json", {"time_cond_proj_dim": 256}),
+    "rescaled": ("sdxl", SCHEDULER, {"rescale_betas_zero_snr": True}),
+    "no_flow": ("sana", SCHEDULER, {"use_flow_sigmas": False}),
+    "sprint": ("sana", "transformer/config.json", {"guidance_embeds": True}),
+}
 CONFIGS = {
     "unknown.toml": "learningrate = 0.1\n",
     "list.toml": "kappa = [0, 1]\n",
@@ -265,6 +279,12 @@ CASES = [
     ({"pretrained_model_name_or_path": "@inpaint"}, "is a StableDiffusionXLInpaintPipeline"),
     ({"pretrained_model_name_or_path": "@predicts_sample"}, "predicts 'sample'"),
     ({"pretrained_model_name_or_path": "@no_encoder"}, "is not complete"),
+    ({"pretrained_model_name_or_path": "@playground"}, "is sampled by EDMDPMSolverMultistepScheduler"),
+    ({"pretrained_model_name_or_path": "@cosxl"}, "EulerDiscreteScheduler with timestep_type continuous"),
+    ({"pretrained_model_name_or_path": "@flow"}, "UniPCMultistepScheduler with use_flow_sigmas True"),
+    ({"pretrained_model_name_or_path": "@lcm"}, "is a latent consistency model"),
+    ({"pretrained_model_name_or_path": "@rescaled"}, "rescaled rescales its betas and needs a model that predicts"),
+    ({"rescale_betas_zero_snr": True}, "--rescale_betas_zero_snr needs a model that predicts velocities"),
     ({"output_dir": "@file"}, "--output_dir .*file cannot be written to"),
     ({"instance_data_dir": "@photos", "output_dir": "@photos"}, "--output_dir .*photos is the photographs' folder"),
     (
@@ -384,6 +404,11 @@ SANA_CASES = [
     ({"initializer_token": "茶壺"}, "--initializer_token '茶壺' is not in the vocabulary"),
     ({"placeholder_token": "<My-Pot>"}, "'<My-Pot>' is not found again .*: write '<my-pot>', in lower case"),
     ({"init_embedding": "@wide"}, "has the keys clip_g, clip_l: it needs gemma, or exactly one"),
+    (
+        {"pretrained_model_name_or_path": "@no_flow"},
+        "is sampled by DPMSolverMultistepScheduler without use_flow_sigmas",
+    ),
+    ({"pretrained_model_name_or_path": "@sprint"}, "is a distilled SANA"),
 ]
 ALL = [(script, *case) for case in CASES] + [(train_dti_sana, *case) for case in SANA_CASES]
 

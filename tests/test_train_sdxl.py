@@ -576,7 +576,7 @@ def test_with_gradient_checkpointing_the_vae_decodes_alone(saving, tmp_path):
         return [torch.zeros(1, 4, 2, 2)]
 
     model = SimpleNamespace(vae=Vae("cpu"), denoiser=OnDevice("cuda"), text_encoders=[OnDevice("cuda")])
-    model.sample_latents = sample_latents
+    model.sample_latents, model.decode = sample_latents, lambda latents: model.vae.decode(latents).sample
     model.args = argparse.Namespace(gradient_checkpointing=saving, output_dir=tmp_path, validation_prompt=["a {}"])
     model.args.placeholder_token, model.args.validation_negative_prompt = "<x>", None
     script.validate(model, SimpleNamespace(device=torch.device("cuda"), trackers=[]), seed=0, step=1)
