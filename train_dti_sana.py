@@ -105,7 +105,7 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version
 from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 from peft import LoraConfig
@@ -660,6 +660,88 @@ def hub_options(args: argparse.Namespace) -> dict:
     return {"revision": args.revision, "token": args.hub_token}
 
 
+# Copied from train_dti_sdxl.hub_snapshot
+@functools.lru_cache
+def hub_snapshot(name: str, revision: str | None, token: str | None) -> Path:
+    """The folder of the Hub's cache with a model's configurations and tokenizers, downloaded where they are not there."""
+    small = ["model_index.json", "*.json", "tokenizer*/*"]
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=small))
+
+
+# Copied from train_dti_sdxl.model_folder
+def model_folder(model) -> Path:
+    """The folder that configurations and tokenizers are read from: as a stock pipeline has it, also without a network.
+
+    Loaders that are given a Hub id ask the Hub on the way even for files in the cache. Raises OSError or ValueError.
+    """
+    args, name = model.args, model.args.pretrained_model_name_or_path
+    return Path(name) if os.path.isdir(name) else hub_snapshot(name, **hub_options(args))
+
+
+# Copied from train_dti_sdxl.fetch_weights
+def fetch_weights(model) -> Path:
+    """The folder with the weights too: the stock pipeline's choice of files is downloaded. Raises OSError or ValueError."""
+    args, name = model.args, model.args.pretrained_model_name_or_path
+    if os.path.isdir(name):
+        return Path(name)
+    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args)))
+
+
+# Copied from train_dti_sdxl.part_variants
+def part_variants(names: list[str], part: str) -> set[str | None]:
+    """The variants of a part's weights among the names of a model's files; None is the plain one."""
+    numbered = r"(-\d+-of-\d+)?"
+    pattern = (
+        rf"{part}/(diffusion_pytorch_)?(pytorch_)?model{numbered}(\.(?P<variant>[^.]+?))?{numbered}\.(safetensors|bin)"
+    )
+    return {match["variant"] for match in (re.fullmatch(pattern, name) for name in names) if match}
+
+
+# Copied from train_dti_sdxl.file_names
+def file_names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+
+
+# Copied from train_dti_sdxl.part_options
+def part_options(args: argparse.Namespace, folder: Path, part: str) -> dict:
+    """Where the part's weights are: in the variant if the part has it, else the plain ones, as a stock pipeline chooses."""
+    has = args.variant in part_variants(file_names(folder), part)
+    return {"subfolder": part, "variant": args.variant if has else None}
+
+
+# Copied from train_dti_sdxl.check_variant
+def check_variant(model, option: str) -> None:
+    """Refuse a --variant that no part has, and weights that are there as variants only. Raises UserError."""
+    args, parts = model.args, ("vae", model.denoiser_name, *model.text_encoder_names)
+    folder = model_folder(model)
+    names = file_names(folder)
+    if not os.path.isdir(args.pretrained_model_name_or_path):
+        with contextlib.suppress(Exception):  # the library's and its HTTP client's; offline, the cache is all there is
+            names = HfApi(token=args.hub_token).list_repo_files(
+                args.pretrained_model_name_or_path, revision=args.revision
+            )
+    found = {part: part_variants(names, part) for part in parts}
+    variants = sorted(set().union(*found.values()) - {None})
+    if args.variant and args.variant not in variants and any(found.values()):
+        raise UserError(
+            f"--variant {args.variant}: {args.pretrained_model_name_or_path} has no such weights. It has"
+            f" {', '.join(variants) or 'no variants: leave it out'}."
+        )
+    for part, has in found.items():
+        if has and not has & {args.variant, None}:
+            raise UserError(
+                f"{option} has the weights of {part} only as {', '.join(sorted(has))}: give --variant {sorted(has)[0]}."
+            )
+
+
+# Copied from train_dti_sdxl.printed_options
+def printed_options(args: argparse.Namespace) -> str:
+    """What a printed from_pretrained is given besides the model, so that it loads the one that was trained with."""
+    names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
+    given = {name: getattr(args, name) for name in names}
+    return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
+
+
 # Copied from train_dti_sdxl.missing_parts_as_user_errors
 @contextlib.contextmanager
 def missing_parts_as_user_errors(args: argparse.Namespace):
@@ -675,19 +757,16 @@ def missing_parts_as_user_errors(args: argparse.Namespace):
 # Copied from train_dti_sdxl.check_model
 def check_model(model) -> None:
     """Read the pipeline's index and the scheduler's configuration, and refuse another kind of model. Raises UserError."""
-    name, options, wanted = (
-        model.args.pretrained_model_name_or_path,
-        hub_options(model.args),
-        model.pipeline_class.__name__,
-    )
+    name, wanted = model.args.pretrained_model_name_or_path, model.pipeline_class.__name__
     option = f"--pretrained_model_name_or_path {name}"
     if os.path.isfile(name):
         raise UserError(f"{option} is a file: load it with {wanted}.from_single_file and save_pretrained a folder.")
     if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
     try:
-        found = str(DiffusionPipeline.load_config(name, **options).get("_class_name"))
-        scheduler = model.scheduler_class.load_config(name, subfolder="scheduler", **options)
+        folder = model_folder(model)
+        found = str(DiffusionPipeline.load_config(folder).get("_class_name"))
+        scheduler = model.scheduler_class.load_config(folder, subfolder="scheduler")
         prediction = scheduler.get("prediction_type")
     except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
         reason = str(error).strip().partition("\n")[0]
@@ -699,6 +778,7 @@ def check_model(model) -> None:
         known = ", ".join(filter(None, model.predictions))
         raise UserError(f"{option} predicts {prediction!r}; this script knows {known}.")
     model.check_parts(option, scheduler)
+    check_variant(model, option)
 
 
 # Copied from train_dti_sdxl.check_lora_targets
@@ -708,9 +788,7 @@ def check_lora_targets(model) -> None:
     if not args.rank:
         return
     with missing_parts_as_user_errors(args):
-        config = denoiser_class.load_config(
-            args.pretrained_model_name_or_path, subfolder=model.denoiser_name, **hub_options(args)
-        )
+        config = denoiser_class.load_config(model_folder(model), subfolder=model.denoiser_name)
         with torch.device("meta"):
             denoiser = denoiser_class.from_config(config)
     try:
@@ -974,9 +1052,9 @@ def initial_embedding(encoder, tokenizer, initializer: str, init: str) -> torch.
 # Copied from train_dti_sdxl.text_widths
 def text_widths(model) -> list[int]:
     """Embedding width of each text encoder, from its configuration alone."""
-    path, options = model.args.pretrained_model_name_or_path, hub_options(model.args)
     with missing_parts_as_user_errors(model.args):
-        configs = [AutoConfig.from_pretrained(path, subfolder=name, **options) for name in model.text_encoder_names]
+        folder = model_folder(model)
+        configs = [AutoConfig.from_pretrained(folder, subfolder=name) for name in model.text_encoder_names]
     return [config.hidden_size for config in configs]
 
 
@@ -1866,7 +1944,7 @@ def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.
 
 
 # Copied from train_dti_sdxl.load_text_encoder
-def load_text_encoder(cls: type, path: str, subfolder: str, **options):
+def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
     """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
     encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
     if info["missing_keys"]:  # transformers' major versions name some weights differently
@@ -1977,9 +2055,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
                 f"{option} is sampled by {name} without use_flow_sigmas: this script trains flow matching."
             )
         with missing_parts_as_user_errors(self.args):
-            transformer = self.denoiser_class.load_config(
-                self.args.pretrained_model_name_or_path, subfolder=self.denoiser_name, **hub_options(self.args)
-            )
+            transformer = self.denoiser_class.load_config(model_folder(self), subfolder=self.denoiser_name)
         if transformer.get("guidance_embeds"):
             raise UserError(
                 f"{option} is a distilled SANA (its transformer has guidance_embeds): train with the model that it was"
@@ -1988,9 +2064,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
 
     def load_tokenizers(self) -> None:
         with missing_parts_as_user_errors(self.args):
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.args.pretrained_model_name_or_path, subfolder="tokenizer", **hub_options(self.args)
-            )
+            tokenizer = AutoTokenizer.from_pretrained(model_folder(self), subfolder="tokenizer")
         tokenizer.padding_side = "right"  # as SanaPipeline sets it; Gemma's own side is the left
         tokenizer.model_max_length = self.args.max_sequence_length
         self.tokenizers = [tokenizer]
@@ -1999,15 +2073,16 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         """Load everything, frozen, to the CPU; the encoder still as it was shipped."""
         if dtype == torch.float16:
             logger.warning("--mixed_precision fp16: Gemma-2 and SANA's autoencoder overflow in it. Use bf16.")
-        args, path = self.args, self.args.pretrained_model_name_or_path
-        options = {"variant": args.variant, **hub_options(args)}
+        args = self.args
         with missing_parts_as_user_errors(args):
-            scheduler = self.scheduler_class.from_pretrained(path, subfolder="scheduler", **hub_options(args))
-            self.vae = self.vae_class.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **options)
-            self.denoiser = self.denoiser_class.from_pretrained(
-                path, subfolder=self.denoiser_name, torch_dtype=dtype, **options
-            )
-            encoder = load_text_encoder(Gemma2Model, path, subfolder="text_encoder", torch_dtype="auto", **options)
+            folder = fetch_weights(self)
+            scheduler = self.scheduler_class.from_pretrained(folder, subfolder="scheduler")
+            options = part_options(args, folder, "vae")
+            self.vae = self.vae_class.from_pretrained(folder, torch_dtype=torch.float32, **options)
+            options = part_options(args, folder, self.denoiser_name)
+            self.denoiser = self.denoiser_class.from_pretrained(folder, torch_dtype=dtype, **options)
+            options = part_options(args, folder, "text_encoder")
+            encoder = load_text_encoder(Gemma2Model, folder, torch_dtype="auto", **options)
         self.timesteps, self.sigmas, self.text_encoders = scheduler.timesteps, scheduler.sigmas, [encoder]
         encoder.config.use_cache = False  # Gemma-2 would build a key-value cache
         for part in (self.vae, self.denoiser, encoder):
@@ -2106,9 +2181,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         """
         args = self.args
         with missing_parts_as_user_errors(args):
-            shipped = self.scheduler_class.load_config(
-                args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(args)
-            )
+            shipped = self.scheduler_class.load_config(model_folder(self), subfolder="scheduler")
         # SANA ships a DPM-Solver's configuration, which calls the same number another name.
         scheduler = self.scheduler_class(shift=shipped.get("shift", shipped.get("flow_shift", 1.0)))
         pipeline = self.pipeline_class(self.tokenizers[0], self.text_encoders[0], self.vae, self.denoiser, scheduler)
@@ -2152,7 +2225,7 @@ dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diff
 pipe = DiffusionPipeline.from_pretrained(
     {model},
     custom_pipeline={json.dumps(repository or str(self.pipeline_file))},  # SanaPipeline and load_textual_inversion
-    trust_remote_code=True,
+    trust_remote_code=True,{printed_options(args)}
     **dtype,
 ).to("{device.type}")
 pipe.load_textual_inversion({folder}){lora}

@@ -96,7 +96,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory, offload_models
 from diffusers.utils import check_min_version
 from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 from peft import LoraConfig
@@ -623,6 +623,80 @@ def hub_options(args: argparse.Namespace) -> dict:
     return {"revision": args.revision, "token": args.hub_token}
 
 
+@functools.lru_cache
+def hub_snapshot(name: str, revision: str | None, token: str | None) -> Path:
+    """The folder of the Hub's cache with a model's configurations and tokenizers, downloaded where they are not there."""
+    small = ["model_index.json", "*.json", "tokenizer*/*"]
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=small))
+
+
+def model_folder(model) -> Path:
+    """The folder that configurations and tokenizers are read from: as a stock pipeline has it, also without a network.
+
+    Loaders that are given a Hub id ask the Hub on the way even for files in the cache. Raises OSError or ValueError.
+    """
+    args, name = model.args, model.args.pretrained_model_name_or_path
+    return Path(name) if os.path.isdir(name) else hub_snapshot(name, **hub_options(args))
+
+
+def fetch_weights(model) -> Path:
+    """The folder with the weights too: the stock pipeline's choice of files is downloaded. Raises OSError or ValueError."""
+    args, name = model.args, model.args.pretrained_model_name_or_path
+    if os.path.isdir(name):
+        return Path(name)
+    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args)))
+
+
+def part_variants(names: list[str], part: str) -> set[str | None]:
+    """The variants of a part's weights among the names of a model's files; None is the plain one."""
+    numbered = r"(-\d+-of-\d+)?"
+    pattern = (
+        rf"{part}/(diffusion_pytorch_)?(pytorch_)?model{numbered}(\.(?P<variant>[^.]+?))?{numbered}\.(safetensors|bin)"
+    )
+    return {match["variant"] for match in (re.fullmatch(pattern, name) for name in names) if match}
+
+
+def file_names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+
+
+def part_options(args: argparse.Namespace, folder: Path, part: str) -> dict:
+    """Where the part's weights are: in the variant if the part has it, else the plain ones, as a stock pipeline chooses."""
+    has = args.variant in part_variants(file_names(folder), part)
+    return {"subfolder": part, "variant": args.variant if has else None}
+
+
+def check_variant(model, option: str) -> None:
+    """Refuse a --variant that no part has, and weights that are there as variants only. Raises UserError."""
+    args, parts = model.args, ("vae", model.denoiser_name, *model.text_encoder_names)
+    folder = model_folder(model)
+    names = file_names(folder)
+    if not os.path.isdir(args.pretrained_model_name_or_path):
+        with contextlib.suppress(Exception):  # the library's and its HTTP client's; offline, the cache is all there is
+            names = HfApi(token=args.hub_token).list_repo_files(
+                args.pretrained_model_name_or_path, revision=args.revision
+            )
+    found = {part: part_variants(names, part) for part in parts}
+    variants = sorted(set().union(*found.values()) - {None})
+    if args.variant and args.variant not in variants and any(found.values()):
+        raise UserError(
+            f"--variant {args.variant}: {args.pretrained_model_name_or_path} has no such weights. It has"
+            f" {', '.join(variants) or 'no variants: leave it out'}."
+        )
+    for part, has in found.items():
+        if has and not has & {args.variant, None}:
+            raise UserError(
+                f"{option} has the weights of {part} only as {', '.join(sorted(has))}: give --variant {sorted(has)[0]}."
+            )
+
+
+def printed_options(args: argparse.Namespace) -> str:
+    """What a printed from_pretrained is given besides the model, so that it loads the one that was trained with."""
+    names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
+    given = {name: getattr(args, name) for name in names}
+    return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
+
+
 @contextlib.contextmanager
 def missing_parts_as_user_errors(args: argparse.Namespace):
     """Turn the loaders' errors about missing or damaged files into a UserError."""
@@ -636,19 +710,16 @@ def missing_parts_as_user_errors(args: argparse.Namespace):
 
 def check_model(model) -> None:
     """Read the pipeline's index and the scheduler's configuration, and refuse another kind of model. Raises UserError."""
-    name, options, wanted = (
-        model.args.pretrained_model_name_or_path,
-        hub_options(model.args),
-        model.pipeline_class.__name__,
-    )
+    name, wanted = model.args.pretrained_model_name_or_path, model.pipeline_class.__name__
     option = f"--pretrained_model_name_or_path {name}"
     if os.path.isfile(name):
         raise UserError(f"{option} is a file: load it with {wanted}.from_single_file and save_pretrained a folder.")
     if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
     try:
-        found = str(DiffusionPipeline.load_config(name, **options).get("_class_name"))
-        scheduler = model.scheduler_class.load_config(name, subfolder="scheduler", **options)
+        folder = model_folder(model)
+        found = str(DiffusionPipeline.load_config(folder).get("_class_name"))
+        scheduler = model.scheduler_class.load_config(folder, subfolder="scheduler")
         prediction = scheduler.get("prediction_type")
     except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
         reason = str(error).strip().partition("\n")[0]
@@ -660,6 +731,7 @@ def check_model(model) -> None:
         known = ", ".join(filter(None, model.predictions))
         raise UserError(f"{option} predicts {prediction!r}; this script knows {known}.")
     model.check_parts(option, scheduler)
+    check_variant(model, option)
 
 
 def check_lora_targets(model) -> None:
@@ -668,9 +740,7 @@ def check_lora_targets(model) -> None:
     if not args.rank:
         return
     with missing_parts_as_user_errors(args):
-        config = denoiser_class.load_config(
-            args.pretrained_model_name_or_path, subfolder=model.denoiser_name, **hub_options(args)
-        )
+        config = denoiser_class.load_config(model_folder(model), subfolder=model.denoiser_name)
         with torch.device("meta"):
             denoiser = denoiser_class.from_config(config)
     try:
@@ -921,9 +991,9 @@ def initial_embedding(encoder, tokenizer, initializer: str, init: str) -> torch.
 
 def text_widths(model) -> list[int]:
     """Embedding width of each text encoder, from its configuration alone."""
-    path, options = model.args.pretrained_model_name_or_path, hub_options(model.args)
     with missing_parts_as_user_errors(model.args):
-        configs = [AutoConfig.from_pretrained(path, subfolder=name, **options) for name in model.text_encoder_names]
+        folder = model_folder(model)
+        configs = [AutoConfig.from_pretrained(folder, subfolder=name) for name in model.text_encoder_names]
     return [config.hidden_size for config in configs]
 
 
@@ -1761,7 +1831,7 @@ def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_text_encoder(cls: type, path: str, subfolder: str, **options):
+def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
     """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
     encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
     if info["missing_keys"]:  # transformers' major versions name some weights differently
@@ -1912,9 +1982,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
                 " --prediction_type v_prediction if it does."
             )
         with missing_parts_as_user_errors(self.args):
-            unet = self.denoiser_class.load_config(
-                self.args.pretrained_model_name_or_path, subfolder=self.denoiser_name, **hub_options(self.args)
-            )
+            unet = self.denoiser_class.load_config(model_folder(self), subfolder=self.denoiser_name)
         if unet.get("time_cond_proj_dim"):
             raise UserError(
                 f"{option} is a latent consistency model (its UNet has time_cond_proj_dim): train with the model that it was"
@@ -1930,9 +1998,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
 
     def load_scheduler(self) -> DDPMScheduler:
         """The noise of the training: the schedule that the model's own sampler has, and what the options say of it."""
-        config = self.scheduler_class.load_config(
-            self.args.pretrained_model_name_or_path, subfolder="scheduler", **hub_options(self.args)
-        )
+        config = self.scheduler_class.load_config(model_folder(self), subfolder="scheduler")
         shipped = (
             getattr(diffusers, config.get("_class_name", self.scheduler_class.__name__)).from_config(config).config
         )
@@ -1942,27 +2008,25 @@ The LoRA weights for these tools are [`{file}`]({url}).
         return self.scheduler_class.from_config({**config, **schedule, **self.schedule_options()})
 
     def load_tokenizers(self) -> None:
-        path, options = self.args.pretrained_model_name_or_path, hub_options(self.args)
         with missing_parts_as_user_errors(self.args):
-            self.tokenizers = [
-                CLIPTokenizer.from_pretrained(path, subfolder=name, **options) for name in self.tokenizer_names
-            ]
+            folder = model_folder(self)
+            self.tokenizers = [CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in self.tokenizer_names]
             if min(map(len, self.tokenizers)) < 512:  # transformers 5 makes an empty tokenizer of an empty folder
                 raise ValueError("a tokenizer has no vocabulary")
 
     def load(self, dtype: torch.dtype) -> None:
         """Load everything, frozen, to the CPU; the encoders still in float32."""
-        args, path = self.args, self.args.pretrained_model_name_or_path
-        options = {"variant": args.variant, **hub_options(args)}
+        args = self.args
         with missing_parts_as_user_errors(args):
             self.noise_scheduler = self.load_scheduler()
+            folder = fetch_weights(self)
             # SDXL's VAE overflows in fp16.
-            self.vae = self.vae_class.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **options)
-            self.denoiser = self.denoiser_class.from_pretrained(
-                path, subfolder=self.denoiser_name, torch_dtype=dtype, **options
-            )
+            options = part_options(args, folder, "vae")
+            self.vae = self.vae_class.from_pretrained(folder, torch_dtype=torch.float32, **options)
+            options = part_options(args, folder, self.denoiser_name)
+            self.denoiser = self.denoiser_class.from_pretrained(folder, torch_dtype=dtype, **options)
             self.text_encoders = [
-                load_text_encoder(cls, path, subfolder=name, torch_dtype=torch.float32, **options)
+                load_text_encoder(cls, folder, torch_dtype=torch.float32, **part_options(args, folder, name))
                 for cls, name in zip(self.text_encoder_classes, self.text_encoder_names, strict=True)
             ]
         for part in (self.vae, self.denoiser, *self.text_encoders):
@@ -2117,7 +2181,7 @@ import torch
 from diffusers import {"EulerDiscreteScheduler, " if self.schedule_options() else ""}StableDiffusionXLPipeline, __version__
 
 dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
-pipe = StableDiffusionXLPipeline.from_pretrained({model}, **dtype).to("{device.type}"){self.scheduler_lines()}
+pipe = StableDiffusionXLPipeline.from_pretrained({model}{printed_options(args)}, **dtype).to("{device.type}"){self.scheduler_lines()}
 pipe.load_textual_inversion({folder})
 pipe.load_textual_inversion(
     {folder}, weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2

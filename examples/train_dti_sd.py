@@ -50,6 +50,7 @@ from train_dti_sdxl import (  # noqa: E402
     interruption,  # noqa: F401
     model_name,
     number,
+    printed_options,
     run,
 )
 from train_dti_sdxl import main as train  # noqa: E402
@@ -123,7 +124,7 @@ import torch
 from diffusers import {"EulerDiscreteScheduler, " if self.schedule_options() else ""}StableDiffusionPipeline, __version__
 
 dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
-pipe = StableDiffusionPipeline.from_pretrained({model}, **dtype).to("{device.type}"){self.scheduler_lines()}
+pipe = StableDiffusionPipeline.from_pretrained({model}{printed_options(args)}, **dtype).to("{device.type}"){self.scheduler_lines()}
 pipe.load_textual_inversion({folder}){lora}
 pipe({prompt}).images[0].save("picture.png")
 """

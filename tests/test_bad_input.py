@@ -105,6 +105,10 @@ def bad(small, tmp_path, monkeypatch):
             else:
                 cls = {"sana": "SanaPipeline", "inpaint": "StableDiffusionXLInpaintPipeline"}[name]
                 index.write_text(index.read_text().replace("StableDiffusionXLPipeline", cls))
+        elif name == "only_fp16":
+            shutil.copytree(small / "sdxl", target)
+            weights = target / "unet" / "diffusion_pytorch_model.safetensors"
+            weights.rename(weights.with_suffix(".fp16.safetensors"))
         elif name in PARTS:
             shutil.copytree(small / PARTS[name][0], target)
             config = target / PARTS[name][1]
@@ -284,6 +288,8 @@ CASES = [
     ({"pretrained_model_name_or_path": "@flow"}, "UniPCMultistepScheduler with use_flow_sigmas True"),
     ({"pretrained_model_name_or_path": "@lcm"}, "is a latent consistency model"),
     ({"pretrained_model_name_or_path": "@rescaled"}, "rescaled rescales its betas and needs a model that predicts"),
+    ({"pretrained_model_name_or_path": "@only_fp16"}, "has the weights of unet only as fp16: give --variant fp16"),
+    ({"variant": "fp16"}, "--variant fp16: .*sdxl has no such weights. It has no variants: leave it out"),
     ({"rescale_betas_zero_snr": True}, "--rescale_betas_zero_snr needs a model that predicts velocities"),
     ({"output_dir": "@file"}, "--output_dir .*file cannot be written to"),
     ({"instance_data_dir": "@photos", "output_dir": "@photos"}, "--output_dir .*photos is the photographs' folder"),

@@ -1,12 +1,14 @@
-"""Models as people have them: SDXL's derivatives with other noise schedules."""
+"""Models as people have them: other noise schedules, variants, and the Hub's cache without a network."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -14,7 +16,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import train_dti_sana
 import train_dti_sdxl as script
 
 
@@ -54,7 +58,7 @@ def run_printed(model, out: Path, monkeypatch) -> StableDiffusionXLPipeline:
     """Runs the printed lines, and returns the pipeline that they have loaded."""
     monkeypatch.chdir(out)
     lines = model.loading_snippet(torch.device("cpu"), torch.float32)
-    lines = lines.replace('").images[0]', '", num_inference_steps=2, height=64, width=64).images[0]')
+    lines = re.sub(r"(pipe\(.*?)\)\.images", r"\1, num_inference_steps=2).images", lines)
     exec(lines, names := {})
     return names["pipe"]
 
@@ -139,3 +143,94 @@ def test_latents_are_normalized_as_the_pipeline_has_them(changed, train, models_
             str(out), weight_name=f"{name}.safetensors", text_encoder=encoder, tokenizer=tokenizer
         )
     check_picture(out, pipe, steps=4, guidance_scale=5.0)
+
+
+def make_variant(
+    folder: Path, parts: list[str], shift: float = 0.01, variant: str = "fp16", keep: bool = False
+) -> Path:
+    """Gives the parts weights of that variant, a little other than the plain ones, and takes those away unless `keep`."""
+    for part in parts:
+        (path,) = (folder / part).glob("*model.safetensors")
+        state = {name: x + shift for name, x in load_file(path).items()}
+        save_file(
+            state, path.with_name(path.name.replace(".safetensors", f".{variant}.safetensors")), {"format": "pt"}
+        )
+        if not keep:
+            path.unlink()
+    return folder
+
+
+def cache_on(tmp_path: Path, folder: Path, monkeypatch, revision: str = "main") -> str:
+    """Puts the folder into a Hub's cache as `hf download` does, and returns the model's name there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository, commit = tmp_path / "cache" / "models--me--model", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / revision).write_text(commit)
+    script.hub_snapshot.cache_clear()
+    train_dti_sana.hub_snapshot.cache_clear()
+    return "me/model"
+
+
+def same_weights(model, pipe) -> bool:
+    """Whether the pipeline's denoiser and VAE, and its text encoders but for the new words, are those of the training."""
+    pairs = [(model.denoiser, getattr(pipe, model.denoiser_name)), (model.vae, pipe.vae)]
+    same = [torch.equal(a, b) for x, y in pairs for a, b in zip(x.parameters(), y.parameters(), strict=True)]
+    for encoder, name in zip(model.text_encoders, model.text_encoder_names, strict=True):
+        theirs = {k: x for k, x in getattr(pipe, name).state_dict().items() if "token_embedding" not in k}
+        ours = encoder.state_dict()
+        same += [torch.equal(x, ours[k]) for k, x in theirs.items() if "embed_tokens" not in k]
+    return all(same)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_is_printed_loads_the_variant_that_was_trained(
+    offline, changed, train, tmp_path, models_seen, monkeypatch
+):
+    """Part by part, as a stock pipeline falls back; with the revision where the model is on the Hub."""
+    folder = make_variant(make_variant(changed(), ["unet"], keep=True), ["text_encoder_2"])
+    given = {"pretrained_model_name_or_path": folder, "variant": "fp16"}
+    if offline:
+        given |= {"pretrained_model_name_or_path": cache_on(tmp_path, folder, monkeypatch, "v1"), "revision": "v1"}
+    out = train(max_train_steps=1, **given)
+    (model,) = models_seen
+    plain = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.bias"]
+    torch.testing.assert_close(model.denoiser.conv_in.bias, plain + 0.01)
+    assert same_weights(model, run_printed(model, out, monkeypatch))
+    saved = json.loads((out / "training_options.json").read_text())["options"]
+    assert (saved["variant"], saved["revision"]) == ("fp16", given.get("revision"))
+    card = model.loading_snippet(torch.device("cpu"), torch.float32, "me/word")
+    assert 'variant="fp16"' in card and ('revision="v1"' in card) == offline
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("module", [script, train_dti_sana])
+def test_a_cached_model_trains_without_a_network(module, sharded, small, tmp_path, monkeypatch):
+    """As `hf download` leaves it, also with weights in several files, and the printed lines load it too."""
+    family = module.__name__.removeprefix("train_dti_")
+    folder = shutil.copytree(small / family, tmp_path / "model")
+    if sharded:
+        denoiser = module.MODEL_CLASS.denoiser_class.from_pretrained(
+            folder, subfolder=module.MODEL_CLASS.denoiser_name
+        )
+        path = folder / module.MODEL_CLASS.denoiser_name
+        (path / "diffusion_pytorch_model.safetensors").unlink()
+        denoiser.save_pretrained(path, max_shard_size="60KB")
+        assert len(list(path.glob("*-of-*.safetensors"))) > 1
+    name = cache_on(tmp_path, folder, monkeypatch)
+    argv = f"--pretrained_model_name_or_path {name} --placeholder_token <my-pot> --initializer_token teapot --seed 0"
+    argv += f" --instance_data_dir {small}/photos --output_dir {tmp_path}/out --resolution 64 --max_train_steps 1"
+    seen, load = [], module.MODEL_CLASS.load
+    monkeypatch.setattr(module.MODEL_CLASS, "load", lambda self, dtype: seen.append(self) or load(self, dtype))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module.main([*argv.split(), "--report_to", "none"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert same_weights(seen[0], run_printed(seen[0], tmp_path / "out", monkeypatch))
+
+
+def test_variants_are_read_from_the_names_as_the_hub_has_them():
+    names = ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model-00001-of-00002.bin"]
+    names += ["text_encoder/model.fp16-00001-of-00002.safetensors", "text_encoder/config.json", "unet/config.json"]
+    names += ["vae/diffusion_pytorch_model-00002-of-00002.bf16.safetensors", "text_encoder/model.onnx"]
+    found = {part: script.part_variants(names, part) for part in ("unet", "text_encoder", "vae", "tokenizer")}
+    assert found == {"unet": {"fp16", None}, "text_encoder": {"fp16"}, "vae": {"bf16"}, "tokenizer": set()}
