@@ -675,6 +675,8 @@ def model_folder(model) -> Path:
     Loaders that are given a Hub id ask the Hub on the way even for files in the cache. Raises OSError or ValueError.
     """
     args, name = model.args, model.args.pretrained_model_name_or_path
+    if os.path.isfile(name):
+        name = args.single_file_config or model.single_file_base
     return Path(name) if os.path.isdir(name) else hub_snapshot(name, **hub_options(args))
 
 
@@ -713,6 +715,8 @@ def part_options(args: argparse.Namespace, folder: Path, part: str) -> dict:
 def check_variant(model, option: str) -> None:
     """Refuse a --variant that no part has, and weights that are there as variants only. Raises UserError."""
     args, parts = model.args, ("vae", model.denoiser_name, *model.text_encoder_names)
+    if os.path.isfile(args.pretrained_model_name_or_path):
+        return
     folder = model_folder(model)
     names = file_names(folder)
     if not os.path.isdir(args.pretrained_model_name_or_path):
@@ -737,6 +741,8 @@ def check_variant(model, option: str) -> None:
 # Copied from train_dti_sdxl.printed_options
 def printed_options(args: argparse.Namespace) -> str:
     """What a printed from_pretrained is given besides the model, so that it loads the one that was trained with."""
+    if os.path.isfile(args.pretrained_model_name_or_path):
+        return f", config={json.dumps(args.single_file_config)}" if args.single_file_config else ""
     names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
     given = {name: getattr(args, name) for name in names}
     return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
@@ -760,7 +766,7 @@ def check_model(model) -> None:
     name, wanted = model.args.pretrained_model_name_or_path, model.pipeline_class.__name__
     option = f"--pretrained_model_name_or_path {name}"
     if os.path.isfile(name):
-        raise UserError(f"{option} is a file: load it with {wanted}.from_single_file and save_pretrained a folder.")
+        model.check_single_file(option)
     if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
     try:
@@ -1984,6 +1990,7 @@ class Sana:
         ),
         "mode_scale": (lambda args: args.weighting_scheme != "mode", "except with --weighting_scheme mode", ""),
     }
+    single_file_base = None  # single files are not read
     resolution_step = 32  # pixels a latent position
     text_encoder_names = ("text_encoder",)
     embedding_files = ("learned_embeds",)  # diffusers' name
@@ -2046,6 +2053,10 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         add("--validation_inference_steps", type=number(int, 1), default=20, help="Euler steps of a validation image.")
         add("--validation_guidance_scale", type=number(float, 0), default=4.5, help="Guidance scale of the validation images.")
     # fmt: on
+
+    def check_single_file(self, option: str) -> None:
+        """Refuse a single file. Raises UserError."""
+        raise UserError(f"{option} is a file: give the folder of a whole pipeline in diffusers' format.")
 
     def check_parts(self, option: str, scheduler: dict) -> None:
         """Refuse a model with another kind of noise or of transformer, from its configurations alone. Raises UserError."""
@@ -2581,8 +2592,9 @@ def hub_problem(error: Exception, repository: str) -> str:
 
 
 # Copied from train_dti_sdxl.open_repository
-def open_repository(args: argparse.Namespace) -> str:
+def open_repository(model) -> str:
     """Log in, make the repository unless it exists, and try that it can be written to. Returns its id. Raises UserError."""
+    args = model.args
     api, repository = HfApi(token=args.hub_token), repository_name(args)
     try:
         account = api.whoami()["name"]
@@ -2592,7 +2604,7 @@ def open_repository(args: argparse.Namespace) -> str:
         # for the right to write; a text file's content is sent in the second half, with the commit.
         api.preupload_lfs_files(repository, [CommitOperationAdd("README.md", b"A text.")])
         private = api.model_info(repository).private
-        card = {"repoType": "model", "content": f"---\n{card_data(args).to_yaml()}\n---\n"}
+        card = {"repoType": "model", "content": f"---\n{card_data(model).to_yaml()}\n---\n"}
         verdict = get_session().post(f"{api.endpoint}/api/validate-yaml", json=card)
     except Exception as error:  # huggingface_hub's versions have two HTTP libraries, whose errors have no common class
         raise UserError(f"--push_to_hub: {hub_problem(error, repository)}.") from None
@@ -2608,17 +2620,28 @@ def open_repository(args: argparse.Namespace) -> str:
 
 
 # Copied from train_dti_sdxl.prepare_repository
-def prepare_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+def prepare_repository(model, accelerator: Accelerator) -> str | None:
     """Settle where to push, if at all, before anything is trained in vain. Raises UserError in every process."""
-    return from_first(lambda: open_repository(args) if args.push_to_hub else None, accelerator)
+    return from_first(lambda: open_repository(model) if model.args.push_to_hub else None, accelerator)
+
+
+# Copied from train_dti_sdxl.base_model
+def base_model(model) -> str | None:
+    """The base model's name on the Hub: of a single file the one that it is configured as. None for a local folder."""
+    name = model.args.pretrained_model_name_or_path
+    if os.path.isfile(name):
+        config = model.args.single_file_config
+        return config if config and not os.path.exists(config) else model.single_file_base
+    return None if Path(name).exists() else name
 
 
 # Copied from train_dti_sdxl.card_data
-def card_data(args: argparse.Namespace, widget: list[dict] | None = None) -> ModelCardData:
+def card_data(model, widget: list[dict] | None = None) -> ModelCardData:
     """The head of the model card, which the Hub's search and gallery read."""
+    args = model.args
     return ModelCardData(
         library_name="diffusers",
-        base_model=None if Path(args.pretrained_model_name_or_path).exists() else args.pretrained_model_name_or_path,
+        base_model=base_model(model),
         license=args.license,
         instance_prompt=args.placeholder_token,
         widget=widget or None,
@@ -2639,10 +2662,12 @@ def other_tools(model, repository: str) -> str:
 def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> ModelCard:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
     args, name = model.args, web_name(model.args.placeholder_token)
-    data = card_data(args, widget)
+    data = card_data(model, widget)
     base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
-    if data.base_model is None:
-        base, hint = f"`{model_name(args)}`", f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
+    if os.path.exists(args.pretrained_model_name_or_path):
+        kind = f", a file of {base}'s kind" if data.base_model else ""
+        base = f"`{model_name(args)}`{kind}"
+        hint = f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
     details = {
         k: derived[k] for k in ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
     }
@@ -3215,7 +3240,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     check_prompts(model, prompts, num_vectors)
     check_images(photographs, args.resolution)
     check_masks(photographs, args)
-    repository = prepare_repository(args, accelerator)
+    repository = prepare_repository(model, accelerator)
     checkpoint = share_checkpoint(args, num_vectors, accelerator)
     seed = choose_seed(args, checkpoint)
 

@@ -636,6 +636,8 @@ def model_folder(model) -> Path:
     Loaders that are given a Hub id ask the Hub on the way even for files in the cache. Raises OSError or ValueError.
     """
     args, name = model.args, model.args.pretrained_model_name_or_path
+    if os.path.isfile(name):
+        name = args.single_file_config or model.single_file_base
     return Path(name) if os.path.isdir(name) else hub_snapshot(name, **hub_options(args))
 
 
@@ -669,6 +671,8 @@ def part_options(args: argparse.Namespace, folder: Path, part: str) -> dict:
 def check_variant(model, option: str) -> None:
     """Refuse a --variant that no part has, and weights that are there as variants only. Raises UserError."""
     args, parts = model.args, ("vae", model.denoiser_name, *model.text_encoder_names)
+    if os.path.isfile(args.pretrained_model_name_or_path):
+        return
     folder = model_folder(model)
     names = file_names(folder)
     if not os.path.isdir(args.pretrained_model_name_or_path):
@@ -692,6 +696,8 @@ def check_variant(model, option: str) -> None:
 
 def printed_options(args: argparse.Namespace) -> str:
     """What a printed from_pretrained is given besides the model, so that it loads the one that was trained with."""
+    if os.path.isfile(args.pretrained_model_name_or_path):
+        return f", config={json.dumps(args.single_file_config)}" if args.single_file_config else ""
     names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
     given = {name: getattr(args, name) for name in names}
     return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
@@ -713,7 +719,7 @@ def check_model(model) -> None:
     name, wanted = model.args.pretrained_model_name_or_path, model.pipeline_class.__name__
     option = f"--pretrained_model_name_or_path {name}"
     if os.path.isfile(name):
-        raise UserError(f"{option} is a file: load it with {wanted}.from_single_file and save_pretrained a folder.")
+        model.check_single_file(option)
     if os.path.isdir(name) and not os.path.isfile(Path(name) / "model_index.json"):
         raise UserError(f"{option} has no model_index.json: give the folder of a whole pipeline in diffusers' format.")
     try:
@@ -1871,6 +1877,13 @@ class StableDiffusionXL:
         *("DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"),
         *("LCMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"),
     )
+    single_file_base = "stabilityai/stable-diffusion-xl-base-1.0"  # what single files are configured as
+    single_file_parts = {
+        "model.diffusion_model.": "UNet",
+        "first_stage_model.": "VAE",
+        "conditioner.embedders.0.transformer.": "first text encoder",
+        "conditioner.embedders.1.model.": "second text encoder",
+    }
     normalizes_latents = True  # the pipeline honours a VAE's latents_mean and latents_std
     resolution_step = 8  # pixels a latent position
     tokenizer_names = ("tokenizer", "tokenizer_2")
@@ -1951,6 +1964,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
     def add_options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument_group("Stable Diffusion XL").add_argument
         StableDiffusionXL.add_schedule_options(add)
+        add("--single_file_config", default=None, help="For a single file: folder or Hub id of a pipeline in diffusers' format with the configurations and tokenizers, weights not needed. Default: stabilityai/stable-diffusion-xl-base-1.0.")
         add("--pooling", choices=["stock", "eos"], default="stock", help="Where the second encoder's pooled output is read in training: as a stock pipeline does (at the new word), or at the end token.")
         add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
         add("--validation_guidance_scale", type=number(float, 0), default=5.0, help="Guidance scale of the validation images.")
@@ -1961,8 +1975,51 @@ The LoRA weights for these tools are [`{file}`]({url}).
         add("--rescale_betas_zero_snr", **SWITCH, help="Rescale the noise schedule so that its last step is noise alone, for models with v-prediction that were trained so, such as NoobAI's.")
     # fmt: on
 
+    def single_file_header(self) -> tuple[dict[str, list[int]], dict[str, str]]:
+        """Shapes by name, and the metadata, of a single file's header. Raises UserError."""
+        path = self.args.pretrained_model_name_or_path
+        try:
+            with safe_open(path, "pt") as file:
+                return {key: file.get_slice(key).get_shape() for key in file.keys()}, file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--pretrained_model_name_or_path {path} cannot be read as safetensors: {error}") from None
+
+    def check_single_file(self, option: str) -> None:
+        """Refuse a file that is no whole SDXL checkpoint, by its header alone. Raises UserError."""
+        args = self.args
+        if self.single_file_base is None or not args.pretrained_model_name_or_path.endswith(".safetensors"):
+            kinds = "the folder of a whole pipeline in diffusers' format"
+            raise UserError(
+                f"{option} is a file: give {'a .safetensors file or ' * bool(self.single_file_base)}{kinds}."
+            )
+        for name in ("revision", "variant"):
+            if getattr(args, name) is not None:
+                raise UserError(
+                    f"--{name} {getattr(args, name)} chooses among files and a single one is given: leave it out."
+                )
+        shapes, _ = self.single_file_header()
+        missing = [
+            part
+            for prefix, part in self.single_file_parts.items()
+            if not any(key.startswith(prefix) for key in shapes)
+        ]
+        if missing:
+            raise UserError(
+                f"{option} has no {missing[0]} of SDXL's in it: give a whole checkpoint of SDXL or of its kin."
+            )
+        odd = [key for key in ("edm_mean", "edm_vpred.sigma_max") if key in shapes]
+        if odd:
+            raise UserError(
+                f"{option} is an EDM model (it has {odd[0]}), and this script trains with a schedule of betas."
+            )
+        if shapes.get("model.diffusion_model.input_blocks.0.0.weight", [0, 4])[1] != 4:
+            raise UserError(f"{option} is an inpainting or editing model (its UNet sees more than the noisy latents).")
+
     def check_parts(self, option: str, scheduler: dict) -> None:
         """Refuse a model with another kind of noise or of UNet, from its configurations alone. Raises UserError."""
+        config = getattr(self.args, "single_file_config", None)
+        if config and not os.path.isfile(self.args.pretrained_model_name_or_path):
+            raise UserError(f"--single_file_config {config} is for a single file: leave it out.")
         name = scheduler.get("_class_name", self.scheduler_class.__name__)
         odd = [f"{k} {scheduler[k]}" for k in ("use_flow_sigmas", "sigma_data") if scheduler.get(k)]
         odd += ["timestep_type continuous"] * (scheduler.get("timestep_type") == "continuous")
@@ -1990,9 +2047,15 @@ The LoRA weights for these tools are [`{file}`]({url}).
             )
 
     def schedule_options(self) -> dict:
-        """What the options say of the noise schedule, in the schedulers' own words."""
-        given = {"prediction_type": self.args.prediction_type} if self.args.prediction_type else {}
-        if self.args.rescale_betas_zero_snr:  # samplers must then begin at the last step
+        """What the options, or the marks of a single file, say of the noise schedule, in the schedulers' own words."""
+        prediction, rescale = self.args.prediction_type, self.args.rescale_betas_zero_snr
+        if os.path.isfile(self.args.pretrained_model_name_or_path):
+            shapes, metadata = self.single_file_header()
+            velocity = "v_pred" in shapes or metadata.get("modelspec.prediction_type") == "v"
+            prediction = prediction or ("v_prediction" if velocity else None)
+            rescale = rescale or ("ztsnr" in shapes and prediction == "v_prediction")
+        given = {"prediction_type": prediction} if prediction else {}
+        if rescale:  # samplers must then begin at the last step
             given |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return given
 
@@ -2019,16 +2082,8 @@ The LoRA weights for these tools are [`{file}`]({url}).
         args = self.args
         with missing_parts_as_user_errors(args):
             self.noise_scheduler = self.load_scheduler()
-            folder = fetch_weights(self)
-            # SDXL's VAE overflows in fp16.
-            options = part_options(args, folder, "vae")
-            self.vae = self.vae_class.from_pretrained(folder, torch_dtype=torch.float32, **options)
-            options = part_options(args, folder, self.denoiser_name)
-            self.denoiser = self.denoiser_class.from_pretrained(folder, torch_dtype=dtype, **options)
-            self.text_encoders = [
-                load_text_encoder(cls, folder, torch_dtype=torch.float32, **part_options(args, folder, name))
-                for cls, name in zip(self.text_encoder_classes, self.text_encoder_names, strict=True)
-            ]
+            single = os.path.isfile(args.pretrained_model_name_or_path)
+            self.load_single_file(dtype) if single else self.load_folder(fetch_weights(self), dtype)
         for part in (self.vae, self.denoiser, *self.text_encoders):
             part.requires_grad_(False).eval()
         if args.gradient_checkpointing:
@@ -2039,6 +2094,34 @@ The LoRA weights for these tools are [`{file}`]({url}).
         if args.compile:
             self.denoiser.compile_repeated_blocks(fullgraph=True)
         self.choose_pooling()
+
+    def load_folder(self, folder: Path, dtype: torch.dtype) -> None:
+        args, options = self.args, part_options(self.args, folder, "vae")
+        # SDXL's VAE overflows in fp16.
+        self.vae = self.vae_class.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        options = part_options(args, folder, self.denoiser_name)
+        self.denoiser = self.denoiser_class.from_pretrained(folder, torch_dtype=dtype, **options)
+        self.text_encoders = [
+            load_text_encoder(cls, folder, torch_dtype=torch.float32, **part_options(args, folder, name))
+            for cls, name in zip(self.text_encoder_classes, self.text_encoder_names, strict=True)
+        ]
+
+    def load_single_file(self, dtype: torch.dtype) -> None:
+        """The same out of one file, by diffusers' conversion. Raises ValueError where weights are missing."""
+        path, options = self.args.pretrained_model_name_or_path, {"config": str(model_folder(self))}
+        self.vae = self.vae_class.from_single_file(path, subfolder="vae", torch_dtype=torch.float32, **options)
+        self.denoiser = self.denoiser_class.from_single_file(
+            path, subfolder=self.denoiser_name, torch_dtype=dtype, **options
+        )
+        # Only the pipeline's loader converts text encoders; it takes the other parts as they are.
+        parts = dict(zip(self.tokenizer_names, self.tokenizers, strict=True))
+        parts |= {"vae": self.vae, self.denoiser_name: self.denoiser, **self.pipeline_options}
+        pipeline = self.pipeline_class.from_single_file(path, torch_dtype=torch.float32, **options, **parts)
+        self.text_encoders = [getattr(pipeline, name) for name in self.text_encoder_names]
+        for part in (self.vae, self.denoiser, *self.text_encoders):
+            missing = [name for name, x in part.named_parameters() if x.is_meta]
+            if missing:
+                raise ValueError(f"the file lacks the weights {missing[0]} ... of {type(part).__name__}")
 
     def choose_pooling(self) -> None:
         if self.args.pooling == "eos":
@@ -2176,12 +2259,13 @@ The LoRA weights for these tools are [`{file}`]({url}).
         folder = json.dumps(repository or str(args.output_dir))
         prompt = json.dumps(f"a photo of a {args.placeholder_token}", ensure_ascii=False)
         lora = f'\npipe.load_lora_weights({folder}, weight_name="{LORA_FILE}")' if args.rank else ""
+        loader = "from_single_file" if os.path.isfile(args.pretrained_model_name_or_path) else "from_pretrained"
         return f"""
 import torch
 from diffusers import {"EulerDiscreteScheduler, " if self.schedule_options() else ""}StableDiffusionXLPipeline, __version__
 
 dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
-pipe = StableDiffusionXLPipeline.from_pretrained({model}{printed_options(args)}, **dtype).to("{device.type}"){self.scheduler_lines()}
+pipe = StableDiffusionXLPipeline.{loader}({model}{printed_options(args)}, **dtype).to("{device.type}"){self.scheduler_lines()}
 pipe.load_textual_inversion({folder})
 pipe.load_textual_inversion(
     {folder}, weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
@@ -2517,8 +2601,9 @@ def hub_problem(error: Exception, repository: str) -> str:
     return f"the Hub answers {status} for {repository}: {one_line(error)}"
 
 
-def open_repository(args: argparse.Namespace) -> str:
+def open_repository(model) -> str:
     """Log in, make the repository unless it exists, and try that it can be written to. Returns its id. Raises UserError."""
+    args = model.args
     api, repository = HfApi(token=args.hub_token), repository_name(args)
     try:
         account = api.whoami()["name"]
@@ -2528,7 +2613,7 @@ def open_repository(args: argparse.Namespace) -> str:
         # for the right to write; a text file's content is sent in the second half, with the commit.
         api.preupload_lfs_files(repository, [CommitOperationAdd("README.md", b"A text.")])
         private = api.model_info(repository).private
-        card = {"repoType": "model", "content": f"---\n{card_data(args).to_yaml()}\n---\n"}
+        card = {"repoType": "model", "content": f"---\n{card_data(model).to_yaml()}\n---\n"}
         verdict = get_session().post(f"{api.endpoint}/api/validate-yaml", json=card)
     except Exception as error:  # huggingface_hub's versions have two HTTP libraries, whose errors have no common class
         raise UserError(f"--push_to_hub: {hub_problem(error, repository)}.") from None
@@ -2543,16 +2628,26 @@ def open_repository(args: argparse.Namespace) -> str:
     return repository
 
 
-def prepare_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+def prepare_repository(model, accelerator: Accelerator) -> str | None:
     """Settle where to push, if at all, before anything is trained in vain. Raises UserError in every process."""
-    return from_first(lambda: open_repository(args) if args.push_to_hub else None, accelerator)
+    return from_first(lambda: open_repository(model) if model.args.push_to_hub else None, accelerator)
 
 
-def card_data(args: argparse.Namespace, widget: list[dict] | None = None) -> ModelCardData:
+def base_model(model) -> str | None:
+    """The base model's name on the Hub: of a single file the one that it is configured as. None for a local folder."""
+    name = model.args.pretrained_model_name_or_path
+    if os.path.isfile(name):
+        config = model.args.single_file_config
+        return config if config and not os.path.exists(config) else model.single_file_base
+    return None if Path(name).exists() else name
+
+
+def card_data(model, widget: list[dict] | None = None) -> ModelCardData:
     """The head of the model card, which the Hub's search and gallery read."""
+    args = model.args
     return ModelCardData(
         library_name="diffusers",
-        base_model=None if Path(args.pretrained_model_name_or_path).exists() else args.pretrained_model_name_or_path,
+        base_model=base_model(model),
         license=args.license,
         instance_prompt=args.placeholder_token,
         widget=widget or None,
@@ -2571,10 +2666,12 @@ def other_tools(model, repository: str) -> str:
 def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> ModelCard:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
     args, name = model.args, web_name(model.args.placeholder_token)
-    data = card_data(args, widget)
+    data = card_data(model, widget)
     base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
-    if data.base_model is None:
-        base, hint = f"`{model_name(args)}`", f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
+    if os.path.exists(args.pretrained_model_name_or_path):
+        kind = f", a file of {base}'s kind" if data.base_model else ""
+        base = f"`{model_name(args)}`{kind}"
+        hint = f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
     details = {
         k: derived[k] for k in ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
     }
@@ -3123,7 +3220,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     check_prompts(model, prompts, num_vectors)
     check_images(photographs, args.resolution)
     check_masks(photographs, args)
-    repository = prepare_repository(args, accelerator)
+    repository = prepare_repository(model, accelerator)
     checkpoint = share_checkpoint(args, num_vectors, accelerator)
     seed = choose_seed(args, checkpoint)
 

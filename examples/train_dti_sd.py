@@ -71,6 +71,7 @@ class StableDiffusion(StableDiffusionXL):
     web_use = StableDiffusionXL.web_use.replace("ComfyUI, Fooocus", "ComfyUI")  # Fooocus is for SDXL
     web_lora_use = StableDiffusionXL.web_lora_use.replace("ComfyUI, Fooocus", "ComfyUI")
     card_tags = ("stable-diffusion", "stable-diffusion-diffusers")
+    single_file_base = None  # single files are not read
     normalizes_latents = False  # StableDiffusionPipeline takes no notice of latents_mean
 
     # fmt: off

@@ -69,7 +69,7 @@ def loading_once(model_class: type) -> type:
         def load(self, dtype):
             names = ("pretrained_model_name_or_path", "revision", "variant", "gradient_checkpointing", "compile")
             names += ("pooling", "max_sequence_length", "complex_human_instruction")
-            names += ("prediction_type", "rescale_betas_zero_snr")
+            names += ("prediction_type", "rescale_betas_zero_snr", "single_file_config")
             key = (dtype, *(getattr(self.args, name, None) for name in names))
             if key not in kept:
                 kept.clear()  # one set of parts at a time

@@ -105,6 +105,11 @@ def bad(small, tmp_path, monkeypatch):
             else:
                 cls = {"sana": "SanaPipeline", "inpaint": "StableDiffusionXLInpaintPipeline"}[name]
                 index.write_text(index.read_text().replace("StableDiffusionXLPipeline", cls))
+        elif name in SINGLE_FILES:
+            target = tmp_path / f"{name}.safetensors"
+            save_file(
+                {key: torch.ones(2, 9 if name == "inpaint_file" else 4, 3, 3) for key in SINGLE_FILES[name]}, target
+            )
         elif name == "only_fp16":
             shutil.copytree(small / "sdxl", target)
             weights = target / "unet" / "diffusion_pytorch_model.safetensors"
@@ -181,6 +186,14 @@ PARTS = {  # of models that are loaded by the same pipeline: the small one, the 
     "rescaled": ("sdxl", SCHEDULER, {"rescale_betas_zero_snr": True}),
     "no_flow": ("sana", SCHEDULER, {"use_flow_sigmas": False}),
     "sprint": ("sana", "transformer/config.json", {"guidance_embeds": True}),
+}
+PREFIXES = ("first_stage_model.x", "conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x")
+PREFIXES += ("model.diffusion_model.input_blocks.0.0.weight",)
+SINGLE_FILES = {  # the names of what is in them
+    "unet_only": PREFIXES[-1:],
+    "edm_file": (*PREFIXES, "edm_mean"),
+    "inpaint_file": PREFIXES,
+    "whole_file": PREFIXES,
 }
 CONFIGS = {
     "unknown.toml": "learningrate = 0.1\n",
@@ -277,7 +290,12 @@ CASES = [
     ({"preset": "fast", "optimizer": "adamw"}, "--preset fast has a learning rate for --optimizer rsgd"),
     ({"validation_prompt": "a dog"}, "--validation_prompt 'a dog' has neither {} nor '<my-pot>'"),
     ({"pretrained_model_name_or_path": "@none"}, "--pretrained_model_name_or_path .*none"),
-    ({"pretrained_model_name_or_path": "@file"}, "is a file: load it with"),
+    ({"pretrained_model_name_or_path": "@file"}, "is a file: give a .safetensors file or the folder"),
+    ({"pretrained_model_name_or_path": "@unet_only"}, "unet_only.safetensors has no VAE of SDXL's in it"),
+    ({"pretrained_model_name_or_path": "@edm_file"}, "edm_file.safetensors is an EDM model"),
+    ({"pretrained_model_name_or_path": "@inpaint_file"}, "inpaint_file.safetensors is an inpainting or editing model"),
+    ({"pretrained_model_name_or_path": "@whole_file", "variant": "fp16"}, "--variant fp16 chooses among files"),
+    ({"single_file_config": "@none"}, "--single_file_config .*none is for a single file: leave it out"),
     ({"pretrained_model_name_or_path": "@nothing_in_it"}, "has no model_index.json"),
     ({"pretrained_model_name_or_path": "@sana"}, "is a SanaPipeline; .* use train_dti_sana.py"),
     ({"pretrained_model_name_or_path": "@inpaint"}, "is a StableDiffusionXLInpaintPipeline"),

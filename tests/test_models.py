@@ -1,4 +1,4 @@
-"""Models as people have them: other noise schedules, variants, and the Hub's cache without a network."""
+"""Models as people have them: other noise schedules, variants, single files, and the Hub's cache without a network."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from single_file import write_single_file
 
 import train_dti_sana
 import train_dti_sdxl as script
@@ -234,3 +235,51 @@ def test_variants_are_read_from_the_names_as_the_hub_has_them():
     names += ["vae/diffusion_pytorch_model-00002-of-00002.bf16.safetensors", "text_encoder/model.onnx"]
     found = {part: script.part_variants(names, part) for part in ("unet", "text_encoder", "vae", "tokenizer")}
     assert found == {"unet": {"fp16", None}, "text_encoder": {"fp16"}, "vae": {"bf16"}, "tokenizer": set()}
+
+
+@pytest.mark.parametrize("marks", [(), ("v_pred", "ztsnr")])
+def test_a_single_file_trains_as_its_folder_does(marks, small, train, tmp_path, models_seen, monkeypatch):
+    """As the web tools have models. Two empty tensors say of some that they predict velocities, from noise alone."""
+    path = write_single_file(small / "sdxl", tmp_path / "dog mix.safetensors", marks)
+    out = train(pretrained_model_name_or_path=path, single_file_config=small / "sdxl", max_train_steps=1)
+    (model,) = models_seen
+    assert same_weights(model, StableDiffusionXLPipeline.from_pretrained(small / "sdxl"))
+    pipe = run_printed(model, out, monkeypatch)
+    assert same_weights(model, pipe)
+    for scheduler in (model.noise_scheduler, pipe.scheduler):
+        assert scheduler.config.prediction_type == ("v_prediction" if marks else "epsilon")
+        assert bool(scheduler.config.get("rescale_betas_zero_snr")) == bool(marks)
+    card = str(script.model_card(model, "me/word", [], dict.fromkeys(DERIVED, 1), "lines"))
+    assert (
+        "base_model: stabilityai/stable-diffusion-xl-base-1.0" in card and "`dog mix.safetensors`, a file of [" in card
+    )
+    if not marks:
+        folder = train(max_train_steps=1, output_dir=tmp_path / "folder")
+        name = "learned_embeds.safetensors"
+        ours, theirs = (load_file(x / name)["<my-pot>"] for x in (out, folder))
+        assert torch.equal(ours, theirs)
+
+
+DERIVED = ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
+
+
+def test_a_single_file_is_configured_from_the_hubs_cache(small, train, tmp_path, models_seen, monkeypatch):
+    """Without --single_file_config, as diffusers does it."""
+    path = write_single_file(small / "sdxl", tmp_path / "mix.safetensors", metadata={"modelspec.prediction_type": "v"})
+    bare = shutil.copytree(small / "sdxl", tmp_path / "bare", ignore=shutil.ignore_patterns("*model.safetensors"))
+    monkeypatch.setattr(script.StableDiffusionXL, "single_file_base", cache_on(tmp_path, bare, monkeypatch))
+    train(pretrained_model_name_or_path=path, max_train_steps=1)
+    assert models_seen[0].noise_scheduler.config.prediction_type == "v_prediction"
+    assert same_weights(models_seen[0], StableDiffusionXLPipeline.from_pretrained(small / "sdxl"))
+
+
+def test_a_single_file_that_lacks_a_weight_is_refused(small, options, tmp_path):
+    path = write_single_file(small / "sdxl", tmp_path / "mix.safetensors")
+    state = load_file(path)
+    del state["conditioner.embedders.1.model.ln_final.weight"]
+    save_file(state, path, {"format": "pt"})
+    argv = options(pretrained_model_name_or_path=path, single_file_config=small / "sdxl")
+    model = script.MODEL_CLASS(script.parse_args(argv, script.MODEL_CLASS))
+    model.load_tokenizers()
+    with pytest.raises(script.UserError, match="lacks the weights .*final_layer_norm.weight"):
+        model.load(torch.float32)
