@@ -453,7 +453,7 @@ FOREIGN = [
 ELSEWHERE = [
     "--mixed_precision ",
     ": there is no trained model here to be divided: ",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is ",
+    ": give both the same value, or unset the first.",
     ": give --mixed_precision no, fp16 or bf16.",
     ": to compile, add --compile; otherwise set it to no.",
     " for several processes on CPUs set ACCELERATE_USE_CPU=true, otherwise start one.",
