@@ -1949,6 +1949,25 @@ def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Copied from train_dti_sdxl.in_tiles_if_needed
+def in_tiles_if_needed(vae, work: Callable, x: torch.Tensor):
+    """The VAE's `encode` or `decode` of a batch; from where the device's memory is too small on, in tiles of 512 pixels."""
+    try:
+        return work(x)
+    except torch.cuda.OutOfMemoryError:
+        if vae.use_tiling:
+            raise
+    logger.warning(
+        "The device's memory is too small for the VAE at this --resolution: it works in tiles of 512 pixels."
+    )
+    free_memory()
+    vae.enable_tiling()
+    if hasattr(vae, "tile_sample_min_size"):  # SDXL's are of 1024 pixels; SANA's are of 512
+        vae.tile_latent_min_size = vae.tile_latent_min_size * 512 // vae.tile_sample_min_size
+        vae.tile_sample_min_size = 512
+    return work(x)
+
+
 # Copied from train_dti_sdxl.load_text_encoder
 def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
     """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
@@ -2144,12 +2163,13 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scaled latents (B, C, R/32, R/32) of images (B, 3, R, R) in [-1, 1], in float32. They are deterministic."""
-        latents = self.vae.encode(pixel_values.to(self.vae.device)).latent
+        latents = in_tiles_if_needed(self.vae, self.vae.encode, pixel_values.to(self.vae.device)).latent
         return {"latents": latents * self.vae.config.scaling_factor}
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, R, R) in [-1, 1] of latents, in float32."""
-        return self.vae.decode(latents.float() / self.vae.config.scaling_factor).sample
+        latents = latents.float() / self.vae.config.scaling_factor
+        return in_tiles_if_needed(self.vae, self.vae.decode, latents).sample
 
     def loss(self, batch: dict) -> torch.Tensor:
         """L_data: flow matching with the scheduler's sigmas, timesteps drawn and weighted as in SD3. A float32 scalar."""
@@ -2195,7 +2215,8 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
             shipped = self.scheduler_class.load_config(model_folder(self), subfolder="scheduler")
         # SANA ships a DPM-Solver's configuration, which calls the same number another name.
         scheduler = self.scheduler_class(shift=shipped.get("shift", shipped.get("flow_shift", 1.0)))
-        pipeline = self.pipeline_class(self.tokenizers[0], self.text_encoders[0], self.vae, self.denoiser, scheduler)
+        # Latents need no VAE on the device.
+        pipeline = self.pipeline_class(self.tokenizers[0], self.text_encoders[0], None, self.denoiser, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         latents = []
         for index in range(args.num_validation_images):
@@ -2790,13 +2811,15 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list
         "{}", args.placeholder_token
     )
     others = (model.denoiser, *model.text_encoders)
-    with offload_models(model.vae, device=accelerator.device):
-        model.denoiser.eval()
-        latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
-        model.denoiser.train(dropout)
-        # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
-        with offload_models(*others, device="cpu", offload=args.gradient_checkpointing):
-            pixels = [[model.decode(x) for x in row] for row in latents]
+    model.denoiser.eval()
+    latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
+    model.denoiser.train(dropout)
+    # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
+    with (
+        offload_models(*others, device="cpu", offload=args.gradient_checkpointing),
+        offload_models(model.vae, device=accelerator.device),
+    ):
+        pixels = [[model.decode(x) for x in row] for row in latents]
     free_memory()
     rows = [VaeImageProcessor().postprocess(torch.cat(row)) for row in pixels]
 

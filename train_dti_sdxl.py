@@ -1837,6 +1837,24 @@ def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def in_tiles_if_needed(vae, work: Callable, x: torch.Tensor):
+    """The VAE's `encode` or `decode` of a batch; from where the device's memory is too small on, in tiles of 512 pixels."""
+    try:
+        return work(x)
+    except torch.cuda.OutOfMemoryError:
+        if vae.use_tiling:
+            raise
+    logger.warning(
+        "The device's memory is too small for the VAE at this --resolution: it works in tiles of 512 pixels."
+    )
+    free_memory()
+    vae.enable_tiling()
+    if hasattr(vae, "tile_sample_min_size"):  # SDXL's are of 1024 pixels; SANA's are of 512
+        vae.tile_latent_min_size = vae.tile_latent_min_size * 512 // vae.tile_sample_min_size
+        vae.tile_sample_min_size = 512
+    return work(x)
+
+
 def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
     """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
     encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
@@ -2169,7 +2187,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
 
         The posterior is kept rather than a sample of it, so that every step draws a fresh one also from cached latents.
         """
-        posterior = self.vae.encode(pixel_values.to(self.vae.device)).latent_dist
+        posterior = in_tiles_if_needed(self.vae, self.vae.encode, pixel_values.to(self.vae.device)).latent_dist
         mean, std = self.latent_statistics()
         scale = self.vae.config.scaling_factor / std
         return {"mean": (posterior.mean - mean) * scale, "std": posterior.std * scale}
@@ -2185,7 +2203,8 @@ The LoRA weights for these tools are [`{file}`]({url}).
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, R, R) in [-1, 1] of latents, in float32."""
         mean, std = self.latent_statistics()
-        return self.vae.decode(latents.float() * std / self.vae.config.scaling_factor + mean).sample
+        latents = latents.float() * std / self.vae.config.scaling_factor + mean
+        return in_tiles_if_needed(self.vae, self.vae.decode, latents).sample
 
     def loss(self, batch: dict) -> torch.Tensor:
         """L_data: squared error of the UNet's prediction at uniform timesteps, its mean by the masks. A float32 scalar."""
@@ -2225,7 +2244,8 @@ The LoRA weights for these tools are [`{file}`]({url}).
         scheduler = DDIMScheduler.from_config(self.noise_scheduler.config, **options)
         names = (*self.tokenizer_names, *self.text_encoder_names)
         parts = dict(zip(names, (*self.tokenizers, *self.text_encoders), strict=True))
-        parts |= {"vae": self.vae, self.denoiser_name: self.denoiser, "scheduler": scheduler}
+        # Latents need no VAE on the device.
+        parts |= {"vae": None, self.denoiser_name: self.denoiser, "scheduler": scheduler}
         pipeline = self.pipeline_class(**parts, **self.pipeline_options)
         pipeline.set_progress_bar_config(disable=True)
         latents = []
@@ -2789,13 +2809,15 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list
         "{}", args.placeholder_token
     )
     others = (model.denoiser, *model.text_encoders)
-    with offload_models(model.vae, device=accelerator.device):
-        model.denoiser.eval()
-        latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
-        model.denoiser.train(dropout)
-        # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
-        with offload_models(*others, device="cpu", offload=args.gradient_checkpointing):
-            pixels = [[model.decode(x) for x in row] for row in latents]
+    model.denoiser.eval()
+    latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
+    model.denoiser.train(dropout)
+    # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
+    with (
+        offload_models(*others, device="cpu", offload=args.gradient_checkpointing),
+        offload_models(model.vae, device=accelerator.device),
+    ):
+        pixels = [[model.decode(x) for x in row] for row in latents]
     free_memory()
     rows = [VaeImageProcessor().postprocess(torch.cat(row)) for row in pixels]
 
