@@ -317,6 +317,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--hub_token", default=None, help="Token for gated or private models and data sets and for --push_to_hub. Better: log in once with `hf auth login`.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). SANA overflows in fp16. The VAE encodes and the embedding is trained in float32 always.")
+    add("--base_precision", choices=["auto", "int8"], default="auto", help="int8: hold the weights of the denoiser and the text encoders in 8 bits, with a scale for each output channel, and compute in --mixed_precision. The vocabularies stay on the CPU. auto: all in --mixed_precision.")
     add("--allow_tf32", **SWITCH, help="Allow TF32 matrix products on Ampere and newer GPUs.")
     add("--gradient_checkpointing", **SWITCH, help="Recompute activations of the denoiser and the text encoders in the backward pass: less memory, slower.")
     add("--compile", **SWITCH, help="Compile the denoiser's repeated blocks with torch.compile.")
@@ -889,21 +890,32 @@ class ExtendedEmbedding(torch.nn.Module):
 
     The learned parameter is not registered here: `encoder.to(torch.bfloat16)` must not reach it, for a step of 5e-3 is
     lost in half precision. The vocabulary is neither resized nor written to, so there is nothing to restore after a step.
+
+    With `on_cpu` the vocabulary stays there, unseen by nn.Module, and the few rows of a prompt are copied.
     """
 
-    def __init__(self, vocabulary: torch.nn.Embedding, token: LearnedToken):
+    def __init__(self, vocabulary: torch.nn.Embedding, token: LearnedToken, on_cpu: bool = False):
         super().__init__()
-        self.vocabulary = vocabulary
+        if on_cpu:
+            self.__dict__["vocabulary"] = vocabulary.to("cpu")
+        else:
+            self.vocabulary = vocabulary
         self.learned = (token,)  # in a tuple, so that nn.Module does not look into it
 
     @property
     def weight(self) -> torch.Tensor:
         return self.vocabulary.weight
 
+    def _apply(self, fn: Callable, *args, **kwargs):
+        """Cast the vocabulary on the CPU as all else is cast, and leave it there."""
+        if "vocabulary" in self.__dict__:
+            self.vocabulary._apply(lambda x: x.to(fn(x.new_empty(0)).dtype))
+        return super()._apply(fn, *args, **kwargs)
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         token = self.learned[0]
         is_new = input_ids >= token.first_id
-        known = self.vocabulary(input_ids.masked_fill(is_new, 0))
+        known = self.vocabulary(input_ids.masked_fill(is_new, 0).to(self.weight.device)).to(input_ids.device)
         new = F.embedding((input_ids - token.first_id).clamp(min=0), token.embedding().to(known.dtype))
         if hasattr(self.vocabulary, "embed_scale"):  # Gemma-2's sqrt(d) is the vocabulary's business in transformers 5
             new = new * self.vocabulary.embed_scale.to(new.dtype)
@@ -1055,7 +1067,7 @@ def make_token(
         start = magnitude * normalize(start)
     parameter = torch.nn.Parameter(start.clone() if magnitude is None else normalize(start))
     token = LearnedToken(first_id, magnitude, parameter, prior_mean, start)
-    encoder.set_input_embeddings(ExtendedEmbedding(vocabulary, token))
+    encoder.set_input_embeddings(ExtendedEmbedding(vocabulary, token, on_cpu=args.base_precision == "int8"))
     return token
 
 
@@ -1837,6 +1849,74 @@ def draw_normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Int8Product(torch.autograd.Function):
+    """A linear layer's or a convolution's output from an int8 weight, which is frozen.
+
+    The weight in the activations' precision is made for the forward and again for the backward pass, and never kept.
+    `geometry` is a convolution's stride, padding, dilation and groups, and None for a linear layer.
+    """
+
+    @staticmethod
+    def forward(context, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias, geometry: tuple | None):
+        context.save_for_backward(weight, scale)
+        context.geometry, context.shape = geometry, x.shape
+        weight = weight * scale.to(x.dtype)
+        return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor):
+        weight, scale = context.saved_tensors
+        weight = weight * scale.to(gradient.dtype)
+        if context.geometry is None:
+            x_gradient = gradient @ weight
+        else:
+            x_gradient = torch.nn.grad.conv2d_input(context.shape, weight, gradient, *context.geometry)
+        return x_gradient, None, None, None, None
+
+
+class Int8Linear(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Int8Product.apply(x, self.weight, self.scale, self.bias, None)
+
+
+class Int8Conv2d(torch.nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return Int8Product.apply(x, self.weight, self.scale, self.bias, geometry)
+
+
+@torch.no_grad()
+def to_int8(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Hold the weights of all linear layers and convolutions in int8, layer by layer, and return the model.
+
+    Each output channel has a scale, rounded to `dtype` before the weights are divided by it: later casts to `dtype` lose
+    nothing. The layers stay an nn.Linear or nn.Conv2d, which PEFT adapts. Embeddings, norms and biases stay as they are,
+    and so do convolutions that pad with anything but zeros.
+    """
+    kinds = {torch.nn.Linear: Int8Linear, torch.nn.Conv2d: Int8Conv2d}
+    for layer in model.modules():
+        if type(layer) not in kinds or getattr(layer, "padding_mode", "zeros") != "zeros":
+            continue
+        largest = torch.linalg.vector_norm(layer.weight, math.inf, list(range(1, layer.weight.ndim)), keepdim=True)
+        scale = (largest.float() / 127).to(dtype)
+        scale = scale.masked_fill(scale == 0, 1)  # a channel of zeros
+        whole = (layer.weight / scale.float()).round_().clamp_(-127, 127)  # in float32, with one copy of the weight
+        layer.weight = torch.nn.Parameter(whole.to(torch.int8), requires_grad=False)
+        layer.register_buffer("scale", scale)
+        layer.__class__ = kinds[type(layer)]
+    return model
+
+
+def reading_dtype(args: argparse.Namespace, dtype: torch.dtype) -> torch.dtype:
+    """The precision to read the denoiser in. What becomes int8 is read in half precision, to fit a laptop's memory."""
+    return torch.bfloat16 if args.base_precision == "int8" and dtype == torch.float32 else dtype
+
+
+def to_base_precision(part: torch.nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> torch.nn.Module:
+    """The part as --base_precision has it, to compute in `dtype`."""
+    return to_int8(part, dtype) if args.base_precision == "int8" else part
+
+
 def in_tiles_if_needed(vae, work: Callable, x: torch.Tensor):
     """The VAE's `encode` or `decode` of a batch; from where the device's memory is too small on, in tiles of 512 pixels."""
     try:
@@ -2096,7 +2176,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
                 raise ValueError("a tokenizer has no vocabulary")
 
     def load(self, dtype: torch.dtype) -> None:
-        """Load everything, frozen, to the CPU; the encoders still in float32."""
+        """Load everything, frozen, to the CPU; the encoders still in float32, but for what --base_precision has in int8."""
         args = self.args
         with missing_parts_as_user_errors(args):
             self.noise_scheduler = self.load_scheduler()
@@ -2118,18 +2198,20 @@ The LoRA weights for these tools are [`{file}`]({url}).
         # SDXL's VAE overflows in fp16.
         self.vae = self.vae_class.from_pretrained(folder, torch_dtype=torch.float32, **options)
         options = part_options(args, folder, self.denoiser_name)
-        self.denoiser = self.denoiser_class.from_pretrained(folder, torch_dtype=dtype, **options)
-        self.text_encoders = [
-            load_text_encoder(cls, folder, torch_dtype=torch.float32, **part_options(args, folder, name))
-            for cls, name in zip(self.text_encoder_classes, self.text_encoder_names, strict=True)
-        ]
+        denoiser = self.denoiser_class.from_pretrained(folder, torch_dtype=reading_dtype(args, dtype), **options)
+        self.denoiser = to_base_precision(denoiser, args, dtype).to(dtype)
+        self.text_encoders = []
+        for cls, name in zip(self.text_encoder_classes, self.text_encoder_names, strict=True):
+            options = part_options(args, folder, name)
+            encoder = load_text_encoder(cls, folder, torch_dtype=torch.float32, **options)
+            self.text_encoders.append(to_base_precision(encoder, args, dtype))
 
     def load_single_file(self, dtype: torch.dtype) -> None:
         """The same out of one file, by diffusers' conversion. Raises ValueError where weights are missing."""
         path, options = self.args.pretrained_model_name_or_path, {"config": str(model_folder(self))}
         self.vae = self.vae_class.from_single_file(path, subfolder="vae", torch_dtype=torch.float32, **options)
         self.denoiser = self.denoiser_class.from_single_file(
-            path, subfolder=self.denoiser_name, torch_dtype=dtype, **options
+            path, subfolder=self.denoiser_name, torch_dtype=reading_dtype(self.args, dtype), **options
         )
         # Only the pipeline's loader converts text encoders; it takes the other parts as they are.
         parts = dict(zip(self.tokenizer_names, self.tokenizers, strict=True))
@@ -2140,6 +2222,8 @@ The LoRA weights for these tools are [`{file}`]({url}).
             missing = [name for name, x in part.named_parameters() if x.is_meta]
             if missing:
                 raise ValueError(f"the file lacks the weights {missing[0]} ... of {type(part).__name__}")
+        self.denoiser = to_base_precision(self.denoiser, self.args, dtype).to(dtype)
+        self.text_encoders = [to_base_precision(encoder, self.args, dtype) for encoder in self.text_encoders]
 
     def choose_pooling(self) -> None:
         if self.args.pooling == "eos":
@@ -3272,6 +3356,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     examples = TrainingExamples(photographs, prompts, cache, seed, args)
     data = batches(examples, accelerator, args, start=(first_step - 1) * args.gradient_accumulation_steps)
 
+    weights = " with int8 weights" if args.base_precision == "int8" else ""
     derived = {
         "photographs": len(photographs),
         "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
@@ -3282,7 +3367,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         "steps": args.max_train_steps,
         "learning_rate": args.learning_rate,
-        "precision": f"{str(dtype).removeprefix('torch.')} models, float32 embedding, on {device}",
+        "precision": f"{str(dtype).removeprefix('torch.')} models{weights}, float32 embedding, on {device}",
         "seed": seed,
     }
     if accelerator.is_main_process:

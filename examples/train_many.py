@@ -68,7 +68,7 @@ def loading_once(model_class: type) -> type:
     class LoadedOnce(model_class):
         def load(self, dtype):
             names = ("pretrained_model_name_or_path", "revision", "variant", "gradient_checkpointing", "compile")
-            names += ("pooling", "max_sequence_length", "complex_human_instruction")
+            names += ("base_precision", "pooling", "max_sequence_length", "complex_human_instruction")
             names += ("prediction_type", "rescale_betas_zero_snr", "single_file_config")
             key = (dtype, *(getattr(self.args, name, None) for name in names))
             if key not in kept:
