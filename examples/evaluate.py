@@ -500,7 +500,8 @@ PICTURE_OPTIONS = (
 def picture_settings(args: argparse.Namespace) -> dict:
     """The options that a picture depends on."""
     model = model_fingerprint(args.pretrained_model_name_or_path, args.revision)
-    return {"model": model} | {name: getattr(args, name) for name in PICTURE_OPTIONS}
+    held = {"base_precision": "int8"} if args.base_precision == "int8" else {}  # older pictures do not tell
+    return {"model": model} | held | {name: getattr(args, name) for name in PICTURE_OPTIONS}
 
 
 def is_current(path: Path, mark: str) -> bool:
@@ -545,7 +546,8 @@ def generate_missing(jobs: list[Job], args: argparse.Namespace) -> int:
     if not todo:
         return 0
     model, dtype = args.pretrained_model_name_or_path, getattr(torch, args.dtype)
-    pipe = load_pipeline(model, dtype, args.device, revision=args.revision, variant=args.variant)
+    files = {"revision": args.revision, "variant": args.variant}
+    pipe = load_pipeline(model, dtype, args.device, **files, base_precision=args.base_precision)
     load_embeddings(pipe, [job.embedding for job, _ in todo])  # at once: each growth of a vocabulary takes seconds
     count, total = 0, sum(len(missing) for _, missing in todo)
     for job, missing in todo:
@@ -1101,7 +1103,7 @@ def evaluate(cases: list[Case], args: argparse.Namespace) -> dict:
 
 REPORTED = (
     "pretrained_model_name_or_path", "revision", "variant", "seeds", "num_inference_steps", "guidance_scale", "pooling",
-    "dtype", "resolution", "complex_human_instruction", "dino", "siglip", "classifiers",
+    "dtype", "base_precision", "resolution", "complex_human_instruction", "dino", "siglip", "classifiers",
 )  # fmt: skip
 
 

@@ -141,6 +141,21 @@ def load_text_encoder(model: str, name: str, class_name: str, options: dict):
     return encoder
 
 
+def load_in_int8(model: str, index: dict, family: str, options: dict) -> dict[str, torch.nn.Module]:
+    """Denoiser and text encoders, each read in half precision and held in int8 before the next is read."""
+    from pictures import training  # with all that training imports
+
+    dtype = options["torch_dtype"]
+    half = options | {"torch_dtype": torch.bfloat16 if dtype == torch.float32 else dtype}
+    name = "transformer" if family == "sana" else "unet"
+    denoiser = getattr(diffusers, index[name][1]).from_pretrained(model, subfolder=name, **half)
+    parts = {name: training.to_int8(denoiser, dtype).to(dtype)}
+    for name in ENCODERS[family]:
+        encoder = load_text_encoder(model, name, index[name][1], half)
+        parts[name] = training.to_int8(encoder, dtype).to(dtype)
+    return parts
+
+
 def load_pipeline(
     model: str,
     dtype: torch.dtype = torch.float32,
@@ -148,25 +163,30 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     scheduler: str = "paper",
+    base_precision: str = "auto",
 ):
     """The pipeline of a folder or Hub id, by its model_index.json; for SANA a SanaTextualInversionPipeline.
 
-    `scheduler` is "paper" (DDIM, flow-matching Euler) or "model" (what the model ships with). Raises UserError where the
-    model is of another kind or its files are missing or damaged.
+    `scheduler` is "paper" (DDIM, flow-matching Euler) or "model" (what the model ships with). `base_precision` "int8" holds
+    denoiser and text encoders as the training scripts do. Raises UserError where the model is of another kind or its files
+    are missing or damaged.
     """
     family = model_family(model, revision)
     index = model_index(model, revision)
     options = {"torch_dtype": dtype, "revision": revision, "variant": variant}
     try:
         warnings.filterwarnings("ignore", message=".*torch_dtype")  # the one name that all supported versions know
-        encoders = {name: load_text_encoder(model, name, index[name][1], options) for name in ENCODERS[family]}
+        if base_precision == "int8":
+            parts = load_in_int8(model, index, family, options)
+        else:
+            parts = {name: load_text_encoder(model, name, index[name][1], options) for name in ENCODERS[family]}
         if family == "sdxl":
-            pipe = StableDiffusionXLPipeline.from_pretrained(model, **encoders, **options, add_watermarker=False)
+            pipe = StableDiffusionXLPipeline.from_pretrained(model, **parts, **options, add_watermarker=False)
         elif family == "sd":
             options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipe = StableDiffusionPipeline.from_pretrained(model, **encoders, **options)
+            pipe = StableDiffusionPipeline.from_pretrained(model, **parts, **options)
         else:
-            pipe = SanaTextualInversionPipeline.from_pretrained(model, **encoders, **options)
+            pipe = SanaTextualInversionPipeline.from_pretrained(model, **parts, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
@@ -564,6 +584,7 @@ def add_model_options(parser: argparse.ArgumentParser, model_required: bool = Tr
     add("--pooling", choices=["eos", "stock"], default="eos", help="Where SDXL's pooled text embedding is read: at the end token, or at the learned one as diffusers does.")
     add("--complex_human_instruction", choices=["none", "default"], default="none", help="SANA's instruction in front of every prompt: none, or SanaPipeline's own. As the token was trained.")
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision of the models. Default: float32 on a CPU; on a GPU fp16, for SANA bf16.")
+    add("--base_precision", choices=["auto", "int8"], default="auto", help="int8: hold the weights of denoiser and text encoders in 8 bits, as the training scripts do, and compute in --dtype. auto: all in --dtype.")
     add("--device", default=None, help="Such as cuda:1 or cpu. Default: the GPU where there is one.")
     # fmt: on
 
@@ -635,6 +656,7 @@ def sampling_settings(args: argparse.Namespace, dtype: torch.dtype, loras: list[
         "variant": args.variant,
         **{name: getattr(args, name) for name in (*names, "complex_human_instruction", "enable_vae_tiling")},
         "dtype": str(dtype).removeprefix("torch."),
+        **({"base_precision": "int8"} if args.base_precision == "int8" else {}),  # older pictures do not tell
         "loras": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in loras],
     }
 
@@ -643,7 +665,7 @@ def start_pipeline(args: argparse.Namespace, dtype: torch.dtype, device: str, em
     """The pipeline with all that was learned in it, and the low-memory switches. Raises UserError."""
     offload = args.enable_model_cpu_offload or args.enable_sequential_cpu_offload
     model, place = args.pretrained_model_name_or_path, "cpu" if offload else device
-    pipe = load_pipeline(model, dtype, place, args.revision, args.variant, args.scheduler)
+    pipe = load_pipeline(model, dtype, place, args.revision, args.variant, args.scheduler, args.base_precision)
     load_embeddings(pipe, embeddings)
     load_loras(pipe, loras)
     if args.enable_vae_tiling:
@@ -682,7 +704,7 @@ def draw_missing(
             write_files({path: to_png(image, picture_text(*missing[path]))})
     except torch.cuda.OutOfMemoryError:
         raise UserError(
-            "The GPU's memory is too small. Try a smaller --batch_size, --enable_model_cpu_offload or"
+            "The GPU's memory is too small. Try a smaller --batch_size, --base_precision int8, --enable_model_cpu_offload or"
             " --enable_vae_tiling; finished pictures are kept."
         ) from None
     return len(missing)
