@@ -49,18 +49,17 @@ def computed(tmp_path_factory):
     script = memory.load_script(ROOT / "train_dti_sdxl.py")
     memory.write_full_model(folder, "sdxl", ["a photo of {}"], "memory", torch.bfloat16)
 
-    def compute(size, checkpointing):
+    def compute(size, checkpointing, base_precision):
         configuration = {"resolution": 512, "train_batch_size": size, "mixed_precision": "bf16"}
-        return memory.compute(script, folder, configuration | {"gradient_checkpointing": checkpointing})
+        configuration |= {"gradient_checkpointing": checkpointing, "base_precision": base_precision}
+        return memory.compute(script, folder, configuration)
 
-    return {
-        (size, checkpointing): compute(size, checkpointing)
-        for size, checkpointing in ((1, "off"), (2, "off"), (2, "on"))
-    }
+    runs = ((1, "off", "auto"), (2, "off", "auto"), (2, "on", "auto"), (2, "on", "int8"))
+    return {options: compute(*options) for options in runs}
 
 
 def test_sdxl(computed):
-    one, two, saving = computed.values()
+    one, two, saving, in_int8 = computed.values()
     # stabilityai/stable-diffusion-xl-base-1.0 has 2,567,463,684 parameters in its UNet, 123,060,480 and 694,659,840 in
     # its text encoders (their sum in the pipeline's fp16 files).
     parameters = 2_567_463_684 + 123_060_480 + 694_659_840
@@ -72,3 +71,9 @@ def test_sdxl(computed):
     assert step[1] == pytest.approx(2 * step[0], rel=0.1)
     assert step[2] < step[1] / 4
     assert saving["decoding"] < two["decoding"] - two["weights"] / 2
+    # A byte for each weight of a linear layer or convolution, and the vocabularies elsewhere.
+    vocabularies = 2 * 49409 * (768 + 1280)
+    assert in_int8["weights"] == pytest.approx((saving["weights"] - vocabularies) / 2, rel=0.01)
+    # For a moment the largest weight is there in bf16 too: 2560 x 1280 x 3 x 3 of 2 bytes.
+    extra = in_int8["step"] - in_int8["weights"] - (saving["step"] - saving["weights"])
+    assert extra < 1.1 * 2 * 2560 * 1280 * 9
