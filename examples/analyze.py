@@ -54,7 +54,7 @@ from generate import choose_device, load_text_encoder  # noqa: E402
 from generate import read_prompts as read_lines  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 from pictures import training  # noqa: E402
-from rescale import model_index, one_line  # noqa: E402
+from rescale import model_folder, model_index, one_line, part_variant, weights_folder  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer  # noqa: E402
 
 
@@ -231,7 +231,7 @@ def load_tokenizer(name: str, encoder: str, cls: str, revision: str | None):
     loader = CLIPTokenizer if cls.startswith("CLIP") else AutoTokenizer
     with loading_as_user_errors(name):
         tokenizer = loader.from_pretrained(
-            name, subfolder=encoder.replace("text_encoder", "tokenizer"), revision=revision
+            model_folder(name, revision), subfolder=encoder.replace("text_encoder", "tokenizer")
         )
         if len(tokenizer) < 300:  # transformers 5 makes an empty tokenizer of an empty folder
             raise ValueError("a tokenizer has no vocabulary")
@@ -241,9 +241,10 @@ def load_tokenizer(name: str, encoder: str, cls: str, revision: str | None):
 def load_encoder(args: argparse.Namespace, name: str, cls: str, tokenizer) -> TextEncoder:
     """Load a text encoder in float32 onto the device and find its parts. Raises UserError."""
     path = args.pretrained_model_name_or_path
-    options = {"revision": args.revision, "variant": args.variant, "torch_dtype": torch.float32}
     with loading_as_user_errors(path):
-        model = load_text_encoder(path, name, ENCODER_CLASSES[cls], options)
+        folder = weights_folder(path, args.revision, args.variant)
+        options = {"variant": part_variant(folder, name, args.variant), "torch_dtype": torch.float32}
+        model = load_text_encoder(folder, name, ENCODER_CLASSES[cls], options)
     model.requires_grad_(False).eval().to(args.device)
     # By kind and not by path: transformers 5.6 dropped CLIPTextModel's `text_model`.
     count = model.config.num_hidden_layers
@@ -364,10 +365,8 @@ def check_widths(args: argparse.Namespace, sources: list[Source], encoders: dict
     """Refuse embeddings of another model, by the text encoders' configurations alone. Raises UserError."""
     name = args.pretrained_model_name_or_path
     with loading_as_user_errors(name):
-        widths = {
-            part: AutoConfig.from_pretrained(name, subfolder=part, revision=args.revision).hidden_size
-            for part in encoders
-        }
+        folder = model_folder(name, args.revision)
+        widths = {part: AutoConfig.from_pretrained(folder, subfolder=part).hidden_size for part in encoders}
     for path, source in zip(args.embeddings, sources, strict=True):
         found = {part: x.shape[-1] for part, x in source.vectors.items()}
         if not found or any(widths.get(part) != width for part, width in found.items()):

@@ -59,10 +59,12 @@ from generate import (
     check_model_fits,
     choose_device,
     choose_dtype,
+    configured_as,
     generate_pairs,
     load_embeddings,
     load_pipeline,
     model_fingerprint,
+    model_settings,
     sampling,
     settle_options,
     to_png,
@@ -429,7 +431,7 @@ def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embeddi
 
     Puts the model family's defaults into `args`, as generate.py does. Raises UserError.
     """
-    model, revision = args.pretrained_model_name_or_path, args.revision
+    model, revision = configured_as(args.pretrained_model_name_or_path, args.single_file_config), args.revision
     embeddings = [renamed(read_embedding(case.path), f"<subject-{i}>") for i, case in enumerate(cases)]
     family = model_family(model, revision)
     check_model_fits(model, revision, [case.path for case in cases], embeddings)
@@ -443,6 +445,8 @@ def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embeddi
     settle_options(args, family)
     args.seeds, args.dtype = seeds, str(choose_dtype(args.dtype, family, args.device)).removeprefix("torch.")
     if any(case.rescale is not None for case in cases):
+        if os.path.isfile(args.pretrained_model_name_or_path):
+            raise UserError("A rescaled norm is read from a model's folder, and a single file is given.")
         found = magnitudes(model, revision, args.variant)
         for index, case in enumerate(cases):
             if case.rescale is not None:
@@ -493,15 +497,14 @@ def fingerprint(settings: dict, embedding: Embedding, text: str, seed: int) -> s
 
 
 PICTURE_OPTIONS = (
-    "variant", "num_inference_steps", "guidance_scale", "pooling", "resolution", "complex_human_instruction", "dtype",
+    "num_inference_steps", "guidance_scale", "pooling", "resolution", "complex_human_instruction", "dtype",
 )  # fmt: skip
 
 
 def picture_settings(args: argparse.Namespace) -> dict:
     """The options that a picture depends on."""
     model = model_fingerprint(args.pretrained_model_name_or_path, args.revision)
-    held = {"base_precision": "int8"} if args.base_precision == "int8" else {}  # older pictures do not tell
-    return {"model": model} | held | {name: getattr(args, name) for name in PICTURE_OPTIONS}
+    return {"model": model} | model_settings(args) | {name: getattr(args, name) for name in PICTURE_OPTIONS}
 
 
 def is_current(path: Path, mark: str) -> bool:
@@ -546,8 +549,7 @@ def generate_missing(jobs: list[Job], args: argparse.Namespace) -> int:
     if not todo:
         return 0
     model, dtype = args.pretrained_model_name_or_path, getattr(torch, args.dtype)
-    files = {"revision": args.revision, "variant": args.variant}
-    pipe = load_pipeline(model, dtype, args.device, **files, base_precision=args.base_precision)
+    pipe = load_pipeline(model, dtype, args.device, revision=args.revision, **model_settings(args))
     load_embeddings(pipe, [job.embedding for job, _ in todo])  # at once: each growth of a vocabulary takes seconds
     count, total = 0, sum(len(missing) for _, missing in todo)
     for job, missing in todo:
@@ -1102,7 +1104,8 @@ def evaluate(cases: list[Case], args: argparse.Namespace) -> dict:
 
 
 REPORTED = (
-    "pretrained_model_name_or_path", "revision", "variant", "seeds", "num_inference_steps", "guidance_scale", "pooling",
+    "pretrained_model_name_or_path", "revision", "variant", "single_file_config", "prediction_type",
+    "rescale_betas_zero_snr", "seeds", "num_inference_steps", "guidance_scale", "pooling",
     "dtype", "base_precision", "resolution", "complex_human_instruction", "dino", "siglip", "classifiers",
 )  # fmt: skip
 

@@ -47,6 +47,7 @@ import torch
 import transformers
 from diffusers import (
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SanaPipeline,
     StableDiffusionPipeline,
@@ -68,10 +69,16 @@ from export import (
 )
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pipeline_sana_textual_inversion import SanaTextualInversionPipeline
-from rescale import check_fits, model_family, model_index, one_line
+from rescale import check_fits, model_family, model_folder, model_index, one_line, part_variant, weights_folder
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train_dti_sdxl import StableDiffusionXL  # noqa: E402
+from train_dti_sdxl import UserError as TrainingError  # noqa: E402
 
 
 STEPS = {"sdxl": 50, "sana": 20, "sd": 50}  # the paper's
@@ -123,16 +130,49 @@ def denoiser_of(pipe) -> torch.nn.Module:
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
-def paper_scheduler(family: str, config: dict):
-    """The paper's sampler, on the noise schedule or flow shift of the model's own."""
+def noise_schedule(
+    family: str,
+    model: str,
+    folder: Path,
+    scheduler: str,
+    single_file_config: str | None,
+    prediction: str | None,
+    rescale: bool,
+) -> dict:
+    """What is to change in the scheduler's configuration, by the options or by a single file's marks.
+
+    For the paper's sampler it refuses what train_dti_sdxl.py refuses: noise by other than betas. Raises UserError.
+    """
+    if family == "sana":
+        if prediction or rescale:
+            raise UserError("--prediction_type and --rescale_betas_zero_snr are for Stable Diffusion: leave them out.")
+        return {}
+    given = {"pretrained_model_name_or_path": model if Path(model).is_file() else str(folder), "hub_token": None}
+    given |= {"revision": None, "variant": None, "single_file_config": single_file_config}
+    args = argparse.Namespace(**given, prediction_type=prediction, rescale_betas_zero_snr=rescale)
+    trained, option = StableDiffusionXL(args), f"--pretrained_model_name_or_path {model}"
+    try:
+        if Path(model).is_file():
+            trained.check_single_file(option)
+        if scheduler == "paper":
+            trained.check_parts(option, DDIMScheduler.load_config(folder, subfolder="scheduler"))
+        return trained.schedule_options()
+    except TrainingError as error:
+        raise UserError(str(error)) from None
+
+
+def paper_scheduler(family: str, config: dict, schedule: dict):
+    """The paper's sampler, on the noise schedule or flow shift of the model's own, but for what `schedule` changes."""
     if family == "sana":
         # SANA ships a DPM-Solver's configuration, which calls the same number another name.
         return FlowMatchEulerDiscreteScheduler(shift=config.get("shift", config.get("flow_shift", 1.0)))
     # DDIM's defaults clip the sample, which ruins latents.
-    return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
+    if config.get("rescale_betas_zero_snr"):
+        schedule = {"timestep_spacing": "trailing", **schedule}  # from noise alone, as in training
+    return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False, **schedule)
 
 
-def load_text_encoder(model: str, name: str, class_name: str, options: dict):
+def load_text_encoder(model: str | Path, name: str, class_name: str, options: dict):
     """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
     cls = getattr(transformers, class_name)
     encoder, info = cls.from_pretrained(model, subfolder=name, output_loading_info=True, **options)
@@ -141,19 +181,23 @@ def load_text_encoder(model: str, name: str, class_name: str, options: dict):
     return encoder
 
 
-def load_in_int8(model: str, index: dict, family: str, options: dict) -> dict[str, torch.nn.Module]:
-    """Denoiser and text encoders, each read in half precision and held in int8 before the next is read."""
-    from pictures import training  # with all that training imports
+DENOISERS = {"sdxl": "unet", "sd": "unet", "sana": "transformer"}
 
+
+def load_part(folder: Path, name: str, class_name: str, options: dict, base_precision: str) -> torch.nn.Module:
+    """A text encoder or the denoiser; for int8 read in half precision, so that memory never holds all of it in float32."""
     dtype = options["torch_dtype"]
-    half = options | {"torch_dtype": torch.bfloat16 if dtype == torch.float32 else dtype}
-    name = "transformer" if family == "sana" else "unet"
-    denoiser = getattr(diffusers, index[name][1]).from_pretrained(model, subfolder=name, **half)
-    parts = {name: training.to_int8(denoiser, dtype).to(dtype)}
-    for name in ENCODERS[family]:
-        encoder = load_text_encoder(model, name, index[name][1], half)
-        parts[name] = training.to_int8(encoder, dtype).to(dtype)
-    return parts
+    if base_precision == "int8" and dtype == torch.float32:
+        options = options | {"torch_dtype": torch.bfloat16}
+    if name in DENOISERS.values():
+        part = getattr(diffusers, class_name).from_pretrained(folder, subfolder=name, **options)
+    else:
+        part = load_text_encoder(folder, name, class_name, options)
+    if base_precision == "int8":
+        from pictures import training  # with all that training imports
+
+        part = training.to_int8(part, dtype).to(dtype)
+    return part
 
 
 def load_pipeline(
@@ -164,35 +208,56 @@ def load_pipeline(
     variant: str | None = None,
     scheduler: str = "paper",
     base_precision: str = "auto",
+    single_file_config: str | None = None,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool = False,
 ):
     """The pipeline of a folder or Hub id, by its model_index.json; for SANA a SanaTextualInversionPipeline.
 
-    `scheduler` is "paper" (DDIM, flow-matching Euler) or "model" (what the model ships with). `base_precision` "int8" holds
-    denoiser and text encoders as the training scripts do. Raises UserError where the model is of another kind or its files
-    are missing or damaged.
+    A .safetensors file is an SDXL with the configurations of `single_file_config`, by default SDXL 1.0's. `prediction_type`,
+    `rescale_betas_zero_snr` and `base_precision` are as in the training. `scheduler` is "paper" (DDIM, flow-matching Euler)
+    or "model" (what the model ships with). Raises UserError where the model is of another kind or its files are missing or
+    damaged.
     """
-    family = model_family(model, revision)
-    index = model_index(model, revision)
-    options = {"torch_dtype": dtype, "revision": revision, "variant": variant}
+    configured = configured_as(model, single_file_config)
+    family = model_family(configured, revision)
+    index = model_index(configured, revision)
+    options = {"torch_dtype": dtype}
     try:
+        given = (scheduler, single_file_config, prediction_type, rescale_betas_zero_snr)
+        schedule = noise_schedule(family, model, model_folder(configured, revision), *given)
         warnings.filterwarnings("ignore", message=".*torch_dtype")  # the one name that all supported versions know
-        if base_precision == "int8":
-            parts = load_in_int8(model, index, family, options)
+        if Path(model).is_file():
+            options |= {"config": str(model_folder(configured)), "add_watermarker": False}
+            pipe = StableDiffusionXLPipeline.from_single_file(model, **options)
+            if base_precision == "int8":
+                from pictures import training
+
+                for name in ("unet", *ENCODERS[family]):
+                    training.to_int8(getattr(pipe, name), dtype)
         else:
-            parts = {name: load_text_encoder(model, name, index[name][1], options) for name in ENCODERS[family]}
-        if family == "sdxl":
-            pipe = StableDiffusionXLPipeline.from_pretrained(model, **parts, **options, add_watermarker=False)
-        elif family == "sd":
-            options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            pipe = StableDiffusionPipeline.from_pretrained(model, **parts, **options)
-        else:
-            pipe = SanaTextualInversionPipeline.from_pretrained(model, **parts, **options)
+            folder = weights_folder(model, revision, variant)
+            parts = {}
+            in_int8 = (DENOISERS[family],) if base_precision == "int8" else ()
+            for name in (*in_int8, *ENCODERS[family]):
+                part = {"variant": part_variant(folder, name, variant), **options}
+                parts[name] = load_part(folder, name, index[name][1], part, base_precision)
+            options |= {"variant": variant}
+            if family == "sdxl":
+                pipe = StableDiffusionXLPipeline.from_pretrained(folder, **parts, **options, add_watermarker=False)
+            elif family == "sd":
+                options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+                pipe = StableDiffusionPipeline.from_pretrained(folder, **parts, **options)
+            else:
+                pipe = SanaTextualInversionPipeline.from_pretrained(folder, **parts, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise UserError(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(error)}") from None
     if scheduler == "paper":
-        pipe.scheduler = paper_scheduler(family, pipe.scheduler.config)
+        pipe.scheduler = paper_scheduler(family, pipe.scheduler.config, schedule)
+    elif schedule:
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **schedule)
     pipe.set_progress_bar_config(disable=True)
     if family != "sana":  # convolutions are quicker so, also on a CPU (1.25 times as many pictures)
         pipe.unet.to(memory_format=torch.channels_last)
@@ -350,10 +415,14 @@ def digest(embedding: Embedding) -> str:
 
 def model_fingerprint(model: str, revision: str | None) -> str:
     """The Hub id, or of a folder its name (whose home it is in concerns nobody) and a hash of its files' sizes and times."""
-    if not Path(model).is_dir():
+    if not Path(model).exists():
         return f"{model}@{revision}" if revision else model
-    files = sorted(p for p in Path(model).glob("*/*") if p.suffix in (".json", ".safetensors", ".bin"))
-    state = [(str(p.relative_to(model)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    files = (
+        [Path(model)]
+        if Path(model).is_file()
+        else sorted(p for p in Path(model).glob("*/*") if p.suffix in (".json", ".safetensors", ".bin"))
+    )
+    state = [(p.relative_to(model).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return f"{Path(model).resolve().name} ({hashlib.sha256(repr(state).encode()).hexdigest()[:8]})"
 
 
@@ -435,10 +504,19 @@ def contact_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_l
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizers(model: str, family: str, revision: str | None) -> list:
+def configured_as(model: str, single_file_config: str | None = None) -> str:
+    """Where a model's configurations and tokenizers are: with it, but for a single file. Raises UserError."""
+    if Path(model).is_file() and Path(model).suffix == ".safetensors":
+        return single_file_config or StableDiffusionXL.single_file_base
+    if single_file_config:
+        raise UserError(f"--single_file_config {single_file_config} is for a single .safetensors file: leave it out.")
+    return model
+
+
+def load_tokenizers(model: str | Path, family: str) -> list:
     cls = AutoTokenizer if family == "sana" else CLIPTokenizer
     names = [name.replace("text_encoder", "tokenizer") for name in ENCODERS[family]]
-    return [cls.from_pretrained(model, subfolder=name, revision=revision) for name in names]
+    return [cls.from_pretrained(model, subfolder=name) for name in names]
 
 
 def check_tokens(embeddings: list[Embedding], tokenizers: list, family: str) -> None:
@@ -470,8 +548,9 @@ def check_model_fits(
     """
     family = model_family(model, revision)
     try:
-        configs = {x: AutoConfig.from_pretrained(model, subfolder=x, revision=revision) for x in ENCODERS[family]}
-        tokenizers = load_tokenizers(model, family, revision)
+        folder = model_folder(model, revision)
+        configs = {x: AutoConfig.from_pretrained(folder, subfolder=x) for x in ENCODERS[family]}
+        tokenizers = load_tokenizers(folder, family)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--pretrained_model_name_or_path {model} is not complete: {one_line(error)}") from None
     widths = {name: config.hidden_size for name, config in configs.items()}
@@ -577,6 +656,9 @@ def add_model_options(parser: argparse.ArgumentParser, model_required: bool = Tr
     add("--pretrained_model_name_or_path", required=model_required, help="Folder or Hub id of the model: SDXL, SANA, or Stable Diffusion 1 or 2.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
+    add("--single_file_config", default=None, help="For an SDXL in one .safetensors file: folder or Hub id with its configurations and tokenizers. Default: SDXL 1.0's.")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], default=None, help="What the UNet predicts, where the model's file does not say. As in the training.")
+    add("--rescale_betas_zero_snr", action="store_true", help="Rescale the noise schedule. As in the training.")
     add("--batch_size", type=number(int, 1), default=1, help="Pictures that are drawn at once.")
     add("--resolution", type=number(int, 8), default=None, help="Side of the pictures in pixels. Default: the model's.")
     add("--num_inference_steps", type=number(int, 1), default=None, help="Steps. Default, the paper's: SANA 20, others 50.")
@@ -648,15 +730,22 @@ def sampling(args: argparse.Namespace) -> dict:
     }
 
 
+def model_settings(args: argparse.Namespace) -> dict:
+    """The options on the model besides its name and revision; those that are not given are not told."""
+    names = ("single_file_config", "prediction_type", "rescale_betas_zero_snr")
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    given |= {"base_precision": "int8"} if args.base_precision == "int8" else {}
+    return {"variant": args.variant} | given
+
+
 def sampling_settings(args: argparse.Namespace, dtype: torch.dtype, loras: list[Path]) -> dict:
     """What a picture depends on besides prompt, seed and embeddings, for its metadata."""
     names = ("num_inference_steps", "guidance_scale", "scheduler", "resolution", "negative_prompt", "pooling")
     return {
         "model": model_fingerprint(args.pretrained_model_name_or_path, args.revision),
-        "variant": args.variant,
+        **model_settings(args),
         **{name: getattr(args, name) for name in (*names, "complex_human_instruction", "enable_vae_tiling")},
         "dtype": str(dtype).removeprefix("torch."),
-        **({"base_precision": "int8"} if args.base_precision == "int8" else {}),  # older pictures do not tell
         "loras": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in loras],
     }
 
@@ -665,7 +754,7 @@ def start_pipeline(args: argparse.Namespace, dtype: torch.dtype, device: str, em
     """The pipeline with all that was learned in it, and the low-memory switches. Raises UserError."""
     offload = args.enable_model_cpu_offload or args.enable_sequential_cpu_offload
     model, place = args.pretrained_model_name_or_path, "cpu" if offload else device
-    pipe = load_pipeline(model, dtype, place, args.revision, args.variant, args.scheduler, args.base_precision)
+    pipe = load_pipeline(model, dtype, place, args.revision, scheduler=args.scheduler, **model_settings(args))
     load_embeddings(pipe, embeddings)
     load_loras(pipe, loras)
     if args.enable_vae_tiling:
@@ -741,7 +830,7 @@ def main() -> None:
     if not templates:
         raise UserError("Give --prompt or --prompts: what the pictures shall show.")
     prompts = [fill_prompt(template, tokens) for template in templates]
-    model = args.pretrained_model_name_or_path
+    model = configured_as(args.pretrained_model_name_or_path, args.single_file_config)
     family, tokenizers = check_model_fits(model, args.revision, args.embeddings, embeddings)
     settle_options(args, family)
     device = choose_device(args)

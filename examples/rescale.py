@@ -36,7 +36,7 @@ from export import (
     run,
     write_embedding,
 )
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -53,6 +53,31 @@ ROWS_AT_A_TIME = 8192
 
 def one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """The folder with a model's configurations and tokenizers: itself, or what is in the Hub's cache, also without a network.
+
+    Raises OSError or ValueError.
+    """
+    small = ["model_index.json", "*.json", "tokenizer*/*"]
+    return (
+        Path(model)
+        if Path(model).is_dir()
+        else Path(snapshot_download(model, revision=revision, allow_patterns=small))
+    )
+
+
+def weights_folder(model: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder with the weights too, chosen as a stock pipeline chooses. Raises OSError or ValueError."""
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(DiffusionPipeline.download(model, revision=revision, variant=variant))
+
+
+def part_variant(folder: Path, part: str, variant: str | None) -> str | None:
+    """The variant for a part's weights: None, the plain ones, where the part does not have it."""
+    return variant if variant and any(folder.glob(f"{part}/*.{variant}*")) else None
 
 
 def model_index(model: str, revision: str | None = None) -> dict:
@@ -102,6 +127,15 @@ def vocabulary(model: str, encoder: str, revision: str | None = None, variant: s
 
     Out of a safetensors file, or of several with an index; where there is none, the whole encoder is loaded.
     """
+    if variant:
+        # As a stock pipeline has it, the plain weights serve where a part has no such variant.
+        names = (
+            f"model.safetensors.index.{variant}.json",
+            f"model.{variant}.safetensors",
+            f"pytorch_model.{variant}.bin",
+        )
+        if not any(find_file(model, f"{encoder}/{name}", revision) for name in names):
+            variant = None
     dot = f".{variant}" if variant else ""
     index = find_file(model, f"{encoder}/model.safetensors.index{dot}.json", revision)
     if index is not None:
@@ -116,8 +150,10 @@ def vocabulary(model: str, encoder: str, revision: str | None = None, variant: s
         yield from read_parts(file, key)
         return
     cls = getattr(transformers, model_index(model, revision)[encoder][1])
-    options = {"revision": revision, "variant": variant, "torch_dtype": "auto"}
-    loaded, info = cls.from_pretrained(model, subfolder=encoder, output_loading_info=True, **options)
+    options = {"variant": variant, "torch_dtype": "auto"}
+    loaded, info = cls.from_pretrained(
+        weights_folder(model, revision, variant), subfolder=encoder, output_loading_info=True, **options
+    )
     if any(key.endswith(VOCABULARIES) for key in info["missing_keys"]):  # they would be random
         raise OSError(f"{encoder} has no vocabulary in its weights")
     yield loaded.get_input_embeddings().weight.detach()

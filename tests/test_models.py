@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import generate
 import numpy as np
 import pytest
 import torch
@@ -283,3 +284,35 @@ def test_a_single_file_that_lacks_a_weight_is_refused(small, options, tmp_path):
     model.load_tokenizers()
     with pytest.raises(script.UserError, match="lacks the weights .*final_layer_norm.weight"):
         model.load(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["folder", "single file", "variant in the cache"])
+def test_the_examples_draw_with_the_model_that_was_trained(kind, small, changed, tmp_path, monkeypatch):
+    """generate.py's pipeline, which evaluate.py has too: its weights, and the noise schedule of the training."""
+    options, folder = {}, small / "sdxl"
+    schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    if kind == "folder":
+        model, options = folder, schedule
+    elif kind == "single file":
+        model = write_single_file(folder, tmp_path / "mix.safetensors", ("v_pred", "ztsnr"))
+        options = {"single_file_config": str(folder)}
+    else:
+        folder = make_variant(changed(**schedule), ["unet"], keep=True)
+        model, options = cache_on(tmp_path, folder, monkeypatch), {"variant": "fp16"}
+        check = generate.check_model_fits(model, None, [], [])
+        assert check[0] == "sdxl" and len(check[1]) == 2
+    pipe = generate.load_pipeline(str(model), **options)
+    plain = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.bias"]
+    torch.testing.assert_close(pipe.unet.conv_in.bias.data, plain + 0.01 * (kind == "variant in the cache"))
+    assert pipe.scheduler.alphas_cumprod[-1] == 0 and pipe.scheduler.config.timestep_spacing == "trailing"
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    (picture,) = generate.generate(pipe, ["a dog"], [0], steps=2, guidance_scale=5.0, resolution=64)
+    assert np.asarray(picture[2]).std() > 1
+
+
+def test_the_examples_refuse_other_noise(changed):
+    folder = changed(_class_name="EDMEulerScheduler")
+    with pytest.raises(generate.UserError, match="is sampled by EDMEulerScheduler"):
+        generate.load_pipeline(str(folder))
+    with pytest.raises(generate.UserError, match="--single_file_config x is for a single .safetensors file"):
+        generate.load_pipeline(str(folder), single_file_config="x")
