@@ -323,6 +323,20 @@ def test_words_alone_will_do(small, tmp_path):
     assert found["initializers"] == {}
 
 
+def test_stable_diffusion_has_one_encoder_with_positions(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "CLASSIFIER_STEPS", 5)
+    monkeypatch.setattr(analyze, "draw_plots", lambda *args: {})
+    vocabulary = load(small / "sd", "text_encoder", "CLIPTextModel").vocabulary
+    write_embedding(Embedding("<big>", {"text_encoder": 9 * vocabulary[300:301]}), tmp_path / "big", ["diffusers"])
+    found = run(small / "sd", tmp_path / "out", "--embeddings", tmp_path / "big", "--initializer_token", "dog")
+    assert list(found) == ["text_encoder"]
+    result = found["text_encoder"]
+    assert result["class"] == "CLIPTextModel" and result["neighbours"]["<big>"]["cosine"][0]["id"] == 300
+    assert result["initializers"]["<big>"]["initializer"] == "dog"
+    assert result["turning"]["angles_above_bound"] == 0 and result["positions"]["vectors"]["<big>"]["own"] >= 0
+    assert result["attenuation"]["vectors"]["<big>"]["largest_share_of_bound"] <= 1
+
+
 def test_an_encoder_that_an_embedding_has_no_vector_for_is_left_out(small, found_sana, tmp_path):
     """The embedding is as wide as SDXL's first encoder, and constant: the LayerNorm leaves nothing of it, so no bound."""
     found = run(small / "sdxl", tmp_path, "--embeddings", found_sana["at"] / "big")

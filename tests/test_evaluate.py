@@ -319,6 +319,21 @@ def test_an_evaluation_from_the_pipeline_to_the_report(command, small, material,
     assert again["tables"] == report["tables"]
 
 
+def test_stable_diffusion_is_evaluated(command, small, material, tmp_path):
+    """One text encoder, and a token of 32 numbers, which could as well be SANA's: the model says whose it is."""
+    methods = []
+    for index, method in enumerate(("DTI", "TI")):
+        torch.manual_seed(index)
+        write_embedding(Embedding("<s>", {"text_encoder": torch.randn(1, 32)}), tmp_path / method)
+        methods.append(f"{method}={tmp_path / method}")
+    one = {"table": None, "instance_data_dir": material / "zebra_star", "class_word": "star", "embeddings": methods}
+    model = {"pretrained_model_name_or_path": small / "sd"}
+    report = evaluate.main(command(**one, **model, seeds=[0], rescale="TI=mean", guidance_scale=100))
+    assert [row["method"] for row in report["tables"]["methods"]] == ["DTI", "TI", "TI-rescaled"]
+    pictures = [Image.open(tmp_path / "out" / record["file"]).tobytes() for record in report["records"]]
+    assert len(set(pictures)) == 6
+
+
 def test_pictures_are_paired_with_their_prompts_and_seeds(command, rendered, tmp_path):
     evaluate.main(command())
     assert len(rendered) == 16 and len({prompt for prompt, _ in rendered}) == 8  # a token for each embedding
