@@ -20,7 +20,7 @@ Many subjects come from a table (CSV, or JSON with a list of objects), a subject
 
 In the miniature world, whose attributes can be read off a picture, add `--prompts world --classifiers FOLDER`.
 
-Written to --output_dir: `pictures/<subject>/<method>/<prompt>-<seed>.png`, `references`, `report.md`, `summary.csv`,
+Written to --output_dir: `pictures/<subject>/<method>/<prompt>-<seed>.png`, `references`, `report.md`,
 `scores.csv` (a row a picture), `evaluation.json` (all of it, for user_study.py), `scatter.png` and `sheets`, the methods
 side by side. Started again, it keeps the pictures that were made with the same settings and makes the rest.
 
@@ -33,7 +33,6 @@ Sections: 1 options, 2 prompts, 3 subjects and methods, 4 pictures, 5 scores, 6 
 import argparse
 import csv
 import gc
-import hashlib
 import importlib
 import io
 import itertools
@@ -42,9 +41,8 @@ import math
 import os
 import re
 import sys
-import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -60,19 +58,18 @@ from generate import (
     choose_device,
     choose_dtype,
     configured_as,
-    generate_pairs,
-    load_embeddings,
-    load_pipeline,
-    model_fingerprint,
-    model_settings,
-    sampling,
+    contact_sheet,
+    digest,
+    draw_missing,
+    sampling_settings,
     settle_options,
+    start_pipeline,
     to_png,
 )
 from generate import number as at_least
 from generate import read_prompts as read_lines
 from pictures import check_apart, open_mask, open_picture, pictures_in, same_name
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from rescale import chosen_magnitudes, magnitude_rule, magnitudes, model_family, one_line, rescale
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -103,7 +100,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add_model_options(parser)
-    parser.set_defaults(batch_size=4)
+    parser.set_defaults(batch_size=4, scheduler="paper", negative_prompt=None, overwrite=True)
     add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
     add("--table", type=Path, help="CSV or JSON file: a subject and a method a row.")
     add("--embeddings", type=named_path, nargs="+", metavar="NAME=PATH", help="Methods and their embeddings (one subject).")
@@ -148,16 +145,7 @@ def check_options(args: argparse.Namespace) -> None:
         )
 
 
-OUTPUTS = (
-    "pictures",
-    "references",
-    "sheets",
-    "report.md",
-    "summary.csv",
-    "scores.csv",
-    "evaluation.json",
-    "scatter.png",
-)
+OUTPUTS = "pictures references sheets report.md scores.csv evaluation.json scatter.png".split()
 
 
 def check_output_dir(folder: Path) -> None:
@@ -471,16 +459,12 @@ def read_references(folder: Path, masks: Path | None = None) -> tuple[list[Image
         raise UserError(f"--masks {masks} has no mask named as a picture of {folder}, such as {files[0].stem}.png.")
     if without:
         print(f"Note: without a mask, and scored as a whole: {', '.join(without)}", file=sys.stderr)
-    pairs = zip(pictures, found, strict=True)
-    return pictures, [
-        picture if mask is None else blacked_out(picture, open_mask(mask, picture)) for picture, mask in pairs
-    ]
-
-
-def blacked_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture, black where the mask is dark."""
-    inside = mask.resize(picture.size, Image.NEAREST).point(lambda value: 255 * (value >= 128))
-    return Image.composite(picture, Image.new("RGB", picture.size), inside)
+    scored = list(pictures)
+    for index, (picture, path) in enumerate(zip(pictures, found, strict=True)):
+        if path is not None:
+            mask = open_mask(path, picture).resize(picture.size, Image.NEAREST).point(lambda x: 255 * (x >= 128))
+            scored[index] = Image.composite(picture, Image.new("RGB", picture.size), mask)
+    return pictures, scored
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -488,79 +472,37 @@ def blacked_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(settings: dict, embedding: Embedding, text: str, seed: int) -> str:
-    """What a picture came from, as a hash that is written into it. The token's name plays no part, its vectors do."""
-    digest = hashlib.sha256(json.dumps([settings, text, seed]).encode())
-    for name, rows in sorted(embedding.vectors.items()):
-        digest.update(name.encode() + str(tuple(rows.shape)).encode() + rows.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-PICTURE_OPTIONS = (
-    "num_inference_steps", "guidance_scale", "pooling", "resolution", "complex_human_instruction", "dtype",
-)  # fmt: skip
-
-
-def picture_settings(args: argparse.Namespace) -> dict:
-    """The options that a picture depends on."""
-    model = model_fingerprint(args.pretrained_model_name_or_path, args.revision)
-    return {"model": model} | model_settings(args) | {name: getattr(args, name) for name in PICTURE_OPTIONS}
-
-
-def is_current(path: Path, mark: str) -> bool:
-    """Whether the picture is there, whole, and made with these very settings."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.info.get("fingerprint") == mark
-    except (OSError, SyntaxError, ValueError):  # Pillow raises the second on a damaged PNG
-        return False
-
-
 @dataclass
 class Job:
-    """A case with its embedding and prompts, and where its pictures lie, by prompt number and seed."""
+    """A case with its embedding and prompts, and the paths of its pictures by prompt number and seed."""
 
     case: Case
     embedding: Embedding
     prompts: list[Prompt]
     paths: dict[tuple[int, int], Path]
-    marks: dict[tuple[int, int], str]
-
-    def missing(self) -> list[tuple[int, int]]:
-        return [key for key, path in self.paths.items() if not is_current(path, self.marks[key])]
 
 
 def make_jobs(cases: list[Case], embeddings: list[Embedding], args: argparse.Namespace) -> list[Job]:
-    settings, jobs = picture_settings(args), []
+    jobs = []
     for case, embedding in zip(cases, embeddings, strict=True):
         folder = args.output_dir / "pictures" / folder_name(case.subject) / folder_name(case.method)
         prompts = read_prompts(case.prompts)
-        keys = list(itertools.product(range(len(prompts)), args.seeds))
-        paths = {(p, seed): folder / f"{p:02d}-{seed}.png" for p, seed in keys}
-        marks = {(p, seed): fingerprint(settings, embedding, prompts[p].text, seed) for p, seed in keys}
-        jobs.append(Job(case, embedding, prompts, paths, marks))
+        keys = itertools.product(range(len(prompts)), args.seeds)
+        paths = {(number, seed): folder / f"{number:02d}-{seed}.png" for number, seed in keys}
+        jobs.append(Job(case, embedding, prompts, paths))
     return jobs
 
 
 def generate_missing(jobs: list[Job], args: argparse.Namespace) -> int:
-    """Make the pictures that are not there yet, with the pipeline loaded once, or not at all. Returns how many."""
-    todo = [(job, missing) for job in jobs if (missing := job.missing())]
-    if not todo:
-        return 0
-    model, dtype = args.pretrained_model_name_or_path, getattr(torch, args.dtype)
-    pipe = load_pipeline(model, dtype, args.device, revision=args.revision, **model_settings(args))
-    load_embeddings(pipe, [job.embedding for job, _ in todo])  # at once: each growth of a vocabulary takes seconds
-    count, total = 0, sum(len(missing) for _, missing in todo)
-    for job, missing in todo:
-        pairs = [(job.prompts[p].with_word(job.embedding.token), seed) for p, seed in missing]
-        for key, (_, _, image) in zip(missing, generate_pairs(pipe, pairs, **sampling(args)), strict=True):
-            texts = {"prompt": job.prompts[key[0]].text, "seed": str(key[1]), "fingerprint": job.marks[key]}
-            write_files({job.paths[key]: to_png(image, texts)})
-            count += 1
-            if count % 40 == 0 or count == total:
-                print(f"{count}/{total} pictures ({job.case.subject}, {job.case.method})", flush=True)
-    del pipe
+    """Draw the pictures that are missing or were made with other settings. Returns how many. Raises UserError."""
+    dtype, embeddings = getattr(torch, args.dtype), [job.embedding for job in jobs]
+    settings, pictures, told = sampling_settings(args, dtype, []), {}, {}
+    for job in jobs:
+        mine = settings | {"embedding": digest(job.embedding)}  # not its token, which depends on the other methods
+        for (number, seed), path in job.paths.items():
+            pictures[path] = (job.prompts[number].text, seed, mine)
+            told[path] = job.prompts[number].with_word(job.embedding.token)
+    count = draw_missing(lambda: start_pipeline(args, dtype, args.device, embeddings, []), pictures, args, told)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -894,52 +836,7 @@ def to_markdown(report: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(names: list[str], rows: Iterable[dict]) -> str:
-    writer = csv.DictWriter(text := io.StringIO(), names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def long_rows(tables: dict) -> Iterator[dict]:
-    """Every figure of the tables as a row of its own."""
-    for table in ("methods", "differences", "kinds", "subjects"):
-        for row in tables[table]:
-            keys = {k: row[k] for k in ("subject", "method", "minus", "kind") if k in row}
-            yield from ({"table": table, **keys, "measure": m, **row[m]} for m in tables["measures"] if m in row)
-    for row in tables["attributes"]:
-        for name, value in row.items():
-            if name != "method":
-                yield {"table": "attributes", "method": row["method"], "measure": name, **value}
-
-
-def contact_sheet(
-    rows: list[tuple[str, list[tuple[Image.Image | None, str]]]], columns: list[str], references: list[Image.Image]
-) -> Image.Image:
-    """The references, then for each (label, [(picture, caption)]) its pictures below one another's columns."""
-    side, gap, bar = 192, 6, 20
-    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
-    width = 140 + max(len(columns), math.ceil(min(len(references), 6) / 2), 2) * (side + gap) + gap
-    top, head = side // 2 + 2 * gap, bar + gap
-    sheet = Image.new("RGB", (width, top + head + len(rows) * (side + bar)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), "references", fill="black", font=font)
-    for index, picture in enumerate(references[: (width - 140) // (side // 2 + gap)]):
-        sheet.paste(thumbnail(picture, side // 2), (140 + index * (side // 2 + gap), gap))
-    for index, name in enumerate(columns):
-        draw.text((140 + index * (side + gap), top), name, fill="black", font=font)
-    for number, (label, pictures) in enumerate(rows):
-        y = top + head + number * (side + bar)
-        draw.multiline_text((gap, y), "\n".join(textwrap.wrap(label, 20)[:12]), fill="black", font=font)
-        for index, (picture, caption) in enumerate(pictures):
-            x = 140 + index * (side + gap)
-            if picture is not None:
-                sheet.paste(thumbnail(picture, side), (x, y))
-            draw.text((x, y + side + 2), caption, fill=(90, 90, 90), font=small)
-    return sheet
-
-
-def thumbnail(picture: Image.Image, side: int) -> Image.Image:
+def thumbnail(picture: Image.Image, side: int = 192) -> Image.Image:
     """The picture within a white square, enlarged by whole pixels where it is small."""
     small = max(picture.size) < side
     image = ImageOps.contain(picture, (side, side), Image.NEAREST if small else Image.LANCZOS)
@@ -949,30 +846,25 @@ def thumbnail(picture: Image.Image, side: int) -> Image.Image:
 
 
 def draw_sheets(records: list[dict], references: dict[str, list[Image.Image]], folder: Path) -> list[str]:
-    """Contact sheets of the first seed, ten prompts each. Returns their paths, relative to the folder."""
+    """Draw contact sheets of the first seed: the references, then ten prompts. Returns their paths within the folder."""
     paths = []
     for subject in references:
         mine = [r for r in records if r["subject"] == subject and r["seed"] == records[0]["seed"]]
-        methods = list(dict.fromkeys(r["method"] for r in mine))
+        methods, numbers = (list(dict.fromkeys(r[key] for r in mine)) for key in ("method", "number"))
         found = {(r["method"], r["number"]): r for r in mine}
-        numbers = sorted({r["number"] for r in mine})
+        shown = [thumbnail(picture) for picture in references[subject][:6]]
         for start in range(0, len(numbers), 10):
-            rows = []
+            rows, labels, captions = [shown], ["references"], [[]]
             for number in numbers[start : start + 10]:
-                row = [found.get((method, number)) for method in methods]
-                label = next(r["prompt"] for r in row if r).replace("{}", "...")
-                rows.append((label, [sheet_cell(r) for r in row]))
+                row = [found[method, number] for method in methods]
+                rows.append([thumbnail(open_picture(Path(r["file"]))) for r in row])
+                labels.append(row[0]["prompt"].replace("{}", "..."))
+                captions.append([f"{r['method']}: image {r['image']:.3f}, text {r['text']:.3f}" for r in row])
             name = f"sheets/{folder_name(subject)}-{start // 10 + 1}.png"
-            contact_sheet(rows, methods, references[subject]).save(content := io.BytesIO(), format="png")
-            write_files({folder / name: content.getvalue()})
+            sheet = contact_sheet(rows, labels, [""] * max(len(methods), len(shown)), captions)
+            write_files({folder / name: to_png(sheet, {})})
             paths.append(name)
     return paths
-
-
-def sheet_cell(record: dict | None) -> tuple[Image.Image | None, str]:
-    if record is None:
-        return None, ""
-    return open_picture(Path(record["file"])), f"image {record['image']:.3f}  text {record['text']:.3f}"
 
 
 def draw_scatter(tables: dict) -> bytes:
@@ -1031,10 +923,11 @@ def write_report(report: dict, folder: Path) -> None:
     rows = [
         r | {k: int(r["right"][v]) for k, v in right.items() if v in r.get("right", {})} for r in report["records"]
     ]
-    columns = ["table", "subject", "method", "minus", "kind", "measure", "mean", "low", "high", "n"]
+    writer = csv.DictWriter(scores := io.StringIO(), names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     texts = {
-        "scores.csv": to_csv(names, rows),
-        "summary.csv": to_csv(columns, long_rows(report["tables"])),
+        "scores.csv": scores.getvalue(),
         "report.md": to_markdown(report),
         "evaluation.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
     }
@@ -1073,13 +966,7 @@ def evaluate(cases: list[Case], args: argparse.Namespace) -> dict:
     classifiers = load_classifiers(args.classifiers, args.device) if args.classifiers else None
     total = sum(len(job.paths) for job in jobs)
     print(f"{len(subjects)} subjects, {len(jobs)} embeddings, {total} pictures", flush=True)
-    try:
-        count = generate_missing(jobs, args)
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(
-            f"The GPU's memory is too small for --batch_size {args.batch_size}: try a smaller one, or --dtype bf16."
-            " Finished pictures are kept."
-        ) from None
+    count = generate_missing(jobs, args)
     print(f"{count} pictures made, {total - count} were there. Scoring ...", flush=True)
 
     records = []

@@ -474,28 +474,41 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return image
 
 
-def contact_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
-    """Pictures of one size in rows, a label above each row, and one above each column. Pictures stand as they are."""
+def contact_sheet(
+    rows: list[list[Image.Image]],
+    row_labels: list[str],
+    column_labels: list[str],
+    captions: list[list[str]] | None = None,
+) -> Image.Image:
+    """Pictures of one size in rows, a label above each row and column, and optionally a caption below each picture."""
     width, height = rows[0][0].size
     size = max(11, min(20, width // 16))
     font, gap = ImageFont.load_default(size), 4
     line = math.ceil(size * 1.3)
-    wide = max(width, *(math.ceil(font.getlength(label)) + gap for label in column_labels))  # a column
+    captions = captions or [[] for _ in rows]
+    words = [*column_labels, *itertools.chain.from_iterable(captions)]
+    wide = max(width, *(math.ceil(font.getlength(text)) + gap for text in words))  # a column
     total = max(gap + (wide + gap) * len(column_labels), 24 * size)  # room for a few words
     per_line = max(8, int((total - 2 * gap) / font.getlength("a photo of the dog") * len("a photo of the dog")))
     wrapped = [textwrap.wrap(label, per_line) or [""] for label in row_labels]
-    tops = list(
-        itertools.accumulate((len(lines) * line + gap + height + gap for lines in wrapped), initial=line + gap)
-    )
+    heights = [
+        len(lines) * line + height + 2 * gap + line * bool(below)
+        for lines, below in zip(wrapped, captions, strict=True)
+    ]
+    tops = list(itertools.accumulate(heights, initial=line + gap))
     sheet = Image.new("RGB", (total, tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(column_labels):
-        draw.text((gap + column * (wide + gap), gap // 2), label, fill="black", font=font)
-    for top, lines, images in zip(tops, wrapped, rows, strict=False):  # the last top is the sheet's end
+    lefts = [gap + column * (wide + gap) for column in range(len(column_labels))]
+    for left, label in zip(lefts, column_labels, strict=True):
+        draw.text((left, gap // 2), label, fill="black", font=font)
+    for top, lines, images, below in zip(tops[:-1], wrapped, rows, captions, strict=True):
         for number, text in enumerate(lines):
             draw.text((gap, top + number * line), text, fill="black", font=font)
-        for column, image in enumerate(images):
-            sheet.paste(image, (gap + column * (wide + gap), top + len(lines) * line + gap))
+        top += len(lines) * line + gap
+        for left, image in zip(lefts, images, strict=False):
+            sheet.paste(image, (left, top))
+        for left, text in zip(lefts, below, strict=False):
+            draw.text((left, top + height), text, fill="black", font=font)
     return sheet
 
 
@@ -668,6 +681,10 @@ def add_model_options(parser: argparse.ArgumentParser, model_required: bool = Tr
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision of the models. Default: float32 on a CPU; on a GPU fp16, for SANA bf16.")
     add("--base_precision", choices=["auto", "int8"], default="auto", help="int8: hold the weights of denoiser and text encoders in 8 bits, as the training scripts do, and compute in --dtype. auto: all in --dtype.")
     add("--device", default=None, help="Such as cuda:1 or cpu. Default: the GPU where there is one.")
+    add("--enable_model_cpu_offload", action="store_true", help="Keep each model on the CPU until it is its turn: less GPU memory, a little slower.")
+    add("--enable_sequential_cpu_offload", action="store_true", help="The same for each layer: least GPU memory, much slower.")
+    add("--enable_vae_tiling", action="store_true", help="Decode pictures in tiles: less memory at high resolutions.")
+    add("--enable_vae_slicing", action="store_true", help="Decode the pictures of a batch one by one.")
     # fmt: on
 
 
@@ -681,10 +698,6 @@ def add_sampling_options(parser: argparse.ArgumentParser, model_required: bool =
     add("--negative_prompt", default=None, help="What the pictures shall not show. Default: none.")
     add("--seeds", type=number(int, 0), action="extend", nargs="+", default=None, help="Seeds, a picture of each prompt for each. Default: 0.")
     add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (DDIM, for SANA Euler), or the one that the model ships with.")
-    add("--enable_model_cpu_offload", action="store_true", help="Keep each model on the CPU until it is its turn: less GPU memory, a little slower.")
-    add("--enable_sequential_cpu_offload", action="store_true", help="The same for each layer: least GPU memory, much slower.")
-    add("--enable_vae_tiling", action="store_true", help="Decode pictures in tiles: less memory at high resolutions.")
-    add("--enable_vae_slicing", action="store_true", help="Decode the pictures of a batch one by one.")
     add("--output_dir", type=Path, required=True, help="Where the results are written.")
     add("--overwrite", action="store_true", help="Replace files that are there with other settings or content.")
     # fmt: on

@@ -16,6 +16,7 @@ from PIL import Image
 sys.path.append(str(ROOT / "examples" / "miniature"))
 
 import evaluate  # noqa: E402
+import generate  # noqa: E402
 import transformers  # noqa: E402
 import world  # noqa: E402
 from export import Embedding, UserError, read_embedding, run, write_embedding  # noqa: E402
@@ -79,9 +80,8 @@ def rendered(monkeypatch):
             made.append((prompt, seed))
             yield prompt, seed, Image.fromarray(world.picture_array(sum(map(ord, prompt)) * 10 + seed)[1])
 
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda *args, **options: None)
-    monkeypatch.setattr(evaluate, "load_embeddings", lambda *args: None)
-    monkeypatch.setattr(evaluate, "generate_pairs", pairs)
+    monkeypatch.setattr(evaluate, "start_pipeline", lambda *args: None)
+    monkeypatch.setattr(generate, "generate_pairs", pairs)
     return made
 
 
@@ -313,7 +313,7 @@ def test_an_evaluation_from_the_pipeline_to_the_report(command, small, material,
 
     # Again: nothing is made, nothing loaded, and the figures are the same.
     before = {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")}
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda *args, **options: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(evaluate, "start_pipeline", lambda *args: pytest.fail("the pipeline was loaded"))
     again = evaluate.main(command(rescale=["TI=mean"], guidance_scale=100, num_inference_steps=3))
     assert {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")} == before
     assert again["tables"] == report["tables"]
@@ -394,12 +394,18 @@ def test_the_classifiers_judge_the_worlds_prompts(command, rendered, tmp_path, m
     assert "prompt's attributes right" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_the_contact_sheet_holds_the_pictures():
+def test_the_contact_sheet_holds_the_pictures(tmp_path):
     pictures, references = pictures_of(range(4)), pictures_of(range(10, 13))
-    rows = [("first", [(pictures[0], ""), (pictures[1], "")]), ("second", [(pictures[2], ""), (None, "")])]
-    sheet = np.asarray(evaluate.contact_sheet(rows, ["DTI", "TI"], references))
+    records = []
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index}.png")
+        record = {"subject": "dog", "method": ("DTI", "TI")[index % 2], "number": index // 2, "seed": 0}
+        record |= {"prompt": "a {}", "file": str(tmp_path / f"{index}.png"), "image": 0.5, "text": 0.25}
+        records.append(record)
+    (name,) = evaluate.draw_sheets(records, {"dog": references}, tmp_path)
+    sheet = np.asarray(Image.open(tmp_path / name))
     places = []
-    for picture in pictures[:3]:
+    for picture in (references[2], *pictures[:3]):
         large = np.asarray(picture.resize((192, 192), Image.NEAREST))
         spots = [
             (y, x)
@@ -409,8 +415,8 @@ def test_the_contact_sheet_holds_the_pictures():
         ]
         assert len(spots) == 1
         places += spots
-    (y0, x0), (y1, x1), (y2, x2) = places
-    assert y0 == y1 < y2 and x0 == x2 < x1
+    (top, _), (y0, x0), (y1, x1), (y2, x2) = places
+    assert top < y0 == y1 < y2 and x0 == x2 < x1
 
 
 # Bad input
@@ -439,7 +445,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_options_end_in_one_message(case, command, judges, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda *args, **options: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(evaluate, "start_pipeline", lambda *args: pytest.fail("the pipeline was loaded"))
     monkeypatch.setattr(evaluate, "load_weights", lambda *args: pytest.fail("a judge was loaded"))
     changes, message = BAD[case]
     changes = {k: v.format(judges=judges) if isinstance(v, str) else v for k, v in changes.items()}
