@@ -5,8 +5,7 @@
       --embeddings out/my-dog out/my-dog-ti --words dog car --output_dir out/analysis
 
 `--embeddings` takes finished embeddings: folders or files in any format that examples/export.py reads. The model is SDXL,
-SANA, or Stable Diffusion 1 or 2; of others in diffusers' format, those with CLIP's text encoders do for --words. Only text
-encoders and tokenizers are loaded. With nothing to download:
+SANA, or Stable Diffusion 1 or 2; only its text encoders and tokenizers are loaded. With nothing to download:
 
     python examples/make_small_sdxl.py --output_dir small
     python examples/analyze.py --pretrained_model_name_or_path small/sdxl --words dog teapot --output_dir out/analysis
@@ -28,7 +27,6 @@ Sections: 1 options, 2 mathematics, 3 the model, 4 vectors and words, 5 measurem
 
 import argparse
 import base64
-import contextlib
 import copy
 import html
 import json
@@ -49,13 +47,22 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
-from export import EmbeddingError, UserError, check_output_dir, make_parser, read_embedding, run  # noqa: E402
-from generate import choose_device, load_text_encoder  # noqa: E402
+from export import (  # noqa: E402
+    ENCODERS,
+    Embedding,
+    EmbeddingError,
+    UserError,
+    check_output_dir,
+    make_parser,
+    read_embedding,
+    run,
+)
+from generate import check_model_fits, choose_device, load_text_encoder  # noqa: E402
 from generate import read_prompts as read_lines  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 from pictures import training  # noqa: E402
-from rescale import model_folder, model_index, one_line, part_variant, weights_folder  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer  # noqa: E402
+from rescale import model_index, one_line, part_variant, weights_folder  # noqa: E402
+from transformers import CLIPTokenizer  # noqa: E402
 
 
 angle, normalize = training.angle, training.normalize
@@ -173,9 +180,6 @@ def turning_bound(length: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
 # 3. The model: text encoders and tokenizers, and nothing else of the pipeline
 # ----------------------------------------------------------------------------------------------------------------------
 
-ENCODER_CLASSES = {name: name for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "Gemma2Model")}
-ENCODER_CLASSES["Gemma2ForCausalLM"] = "Gemma2Model"  # its head is not needed
-
 
 @dataclass
 class TextEncoder:
@@ -199,52 +203,15 @@ class TextEncoder:
     scale: float
 
 
-@contextlib.contextmanager
-def loading_as_user_errors(name: str):
-    """Turn the loaders' errors about missing or damaged files into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
-        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {one_line(error)}") from None
-
-
-def find_encoders(args: argparse.Namespace) -> dict[str, str]:
-    """The pipeline's text encoders that can be analysed, by name, with their class. Raises UserError."""
-    index = model_index(args.pretrained_model_name_or_path, args.revision)
-    parts = {part: entry[1] for part, entry in index.items() if part.startswith("text_encoder") and entry[1]}
-    known = {part: cls for part, cls in parts.items() if cls in ENCODER_CLASSES}
-    if not known:
-        found = ", ".join(parts.values()) or "none"
-        raise UserError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} has no text encoder of CLIP's or"
-            f" Gemma-2's (but {found}): give a Stable Diffusion or SANA model."
-        )
-    for part in parts.keys() - known.keys():
-        print(f"{part} is a {parts[part]}: it is left out.")
-    return known
-
-
-def load_tokenizer(name: str, encoder: str, cls: str, revision: str | None):
-    """The tokenizer that belongs to a text encoder: `tokenizer_2` to `text_encoder_2`."""
-    loader = CLIPTokenizer if cls.startswith("CLIP") else AutoTokenizer
-    with loading_as_user_errors(name):
-        tokenizer = loader.from_pretrained(
-            model_folder(name, revision), subfolder=encoder.replace("text_encoder", "tokenizer")
-        )
-        if len(tokenizer) < 300:  # transformers 5 makes an empty tokenizer of an empty folder
-            raise ValueError("a tokenizer has no vocabulary")
-    return tokenizer
-
-
 def load_encoder(args: argparse.Namespace, name: str, cls: str, tokenizer) -> TextEncoder:
     """Load a text encoder in float32 onto the device and find its parts. Raises UserError."""
     path = args.pretrained_model_name_or_path
-    with loading_as_user_errors(path):
+    try:
         folder = weights_folder(path, args.revision, args.variant)
         options = {"variant": part_variant(folder, name, args.variant), "torch_dtype": torch.float32}
-        model = load_text_encoder(folder, name, ENCODER_CLASSES[cls], options)
+        model = load_text_encoder(folder, name, cls.replace("ForCausalLM", "Model"), options)  # without a head
+    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
+        raise UserError(f"--pretrained_model_name_or_path {path} is not complete: {one_line(error)}") from None
     model.requires_grad_(False).eval().to(args.device)
     # By kind and not by path: transformers 5.6 dropped CLIPTextModel's `text_model`.
     count = model.config.num_hidden_layers
@@ -300,10 +267,10 @@ def hidden_states(encoder: TextEncoder, prefix: list[int], embeddings: torch.Ten
 
 @dataclass
 class Source:
-    """An embedding that was read: its label in the report, vectors by encoder, and the initializer's text, if known."""
+    """An embedding that was read: its label in the report and the initializer's text, where it is known."""
 
     label: str
-    vectors: dict[str, torch.Tensor]
+    embedding: Embedding
     initializer: str | None
 
 
@@ -319,6 +286,7 @@ class Vector:
     value: torch.Tensor
     row: int | None = None
     initializer_row: int | None = None
+    colour: tuple | None = None
 
     @property
     def norm(self) -> float:
@@ -357,23 +325,8 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
             names = [p.name for p, t in zip(args.embeddings, tokens, strict=True) if t == label]
             label += f" ({path.name if names.count(path.name) == 1 else path})"
         initializer = args.initializer_token or known_initializer(path, embedding.metadata)
-        sources.append(Source(label, embedding.vectors, initializer))
+        sources.append(Source(label, embedding, initializer))
     return sources
-
-
-def check_widths(args: argparse.Namespace, sources: list[Source], encoders: dict[str, str]) -> None:
-    """Refuse embeddings of another model, by the text encoders' configurations alone. Raises UserError."""
-    name = args.pretrained_model_name_or_path
-    with loading_as_user_errors(name):
-        folder = model_folder(name, args.revision)
-        widths = {part: AutoConfig.from_pretrained(folder, subfolder=part).hidden_size for part in encoders}
-    for path, source in zip(args.embeddings, sources, strict=True):
-        found = {part: x.shape[-1] for part, x in source.vectors.items()}
-        if not found or any(widths.get(part) != width for part, width in found.items()):
-            listed = (", ".join(f"{part} {width}" for part, width in d.items()) or "none" for d in (found, widths))
-            problem = "has vectors of width {}, but {} needs {}: give the model that it was trained with"
-            given, needed = listed
-            raise UserError(f"--embeddings {path} {problem.format(given, name, needed)}.")
 
 
 def word_ids(tokenizer, text: str, option: str) -> list[int]:
@@ -384,9 +337,9 @@ def word_ids(tokenizer, text: str, option: str) -> list[int]:
     return ids
 
 
-def check_words(tokenizers: dict[str, object], sources: list[Source], words: list[str]) -> None:
+def check_words(tokenizers: list, sources: list[Source], words: list[str]) -> None:
     """Refuse words and initializers that a vocabulary lacks, before weights load. Raises UserError."""
-    for tokenizer in tokenizers.values():
+    for tokenizer in tokenizers:
         for word in words:
             word_ids(tokenizer, word, "--words")
         for source in sources:
@@ -414,10 +367,7 @@ def collect_vectors(encoder: TextEncoder, sources: list[Source], words: list[str
     """
     vectors, rows = [], {}
     for source in sources:
-        values = source.vectors.get(encoder.name)
-        if values is None:
-            continue
-        ids = [None]
+        values, ids = source.embedding.vectors[encoder.name], [None]
         if source.initializer:
             ids = word_ids(encoder.tokenizer, source.initializer, "--initializer_token")
         rows |= {row: "initializer" for row in ids if row is not None}
@@ -458,7 +408,6 @@ def measure_norms(vocabulary: torch.Tensor, vectors: list[Vector]) -> tuple[dict
         "rows": len(vocabulary),
         "zero_rows": zero_rows,
         **{name: float(getattr(norms, name)()) for name in ("mean", "std", "min", "max")},
-        "quantiles": {str(q): float(np.quantile(norms, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99)},
         "vectors": {},
     }
     for vector in vectors:
@@ -556,10 +505,7 @@ def measure_attenuation(encoder: TextEncoder, vectors: list[Vector], mean: float
     `largest_share_of_bound` is the largest ratio of any difference to the bound at its own position: at most 1.
     """
     m = norm_grid(mean, vectors)
-    norm, positions = (
-        copy.deepcopy(encoder.norm).cpu(),
-        encoder.positions.cpu(),
-    )  # not every device has float64
+    norm, positions = copy.deepcopy(encoder.norm).cpu(), encoder.positions.cpu()  # not every device has float64
     result = {"m": m.tolist(), "positions": len(positions), "vectors": {}}
     for vector in vectors:
         v = normalize(vector.value).cpu()
@@ -638,7 +584,6 @@ def measure_turning(encoder: TextEncoder, vectors: list[Vector], prompts: list[s
             "total": states["total"].mean(dim=0).tolist(),
             "path": path.mean(dim=0).tolist(),
             "total_bound": finite(total_bound.amax(dim=0)),
-            "blocks_with_bound": block_bound.isfinite().all(dim=0).sum(dim=-1).tolist(),
             "own": {
                 "mean_block": states["block"][:, own].mean().item(),
                 "total": states["total"][:, own].mean().item(),
@@ -800,25 +745,34 @@ STYLE = {
 GREY, BOUND = "0.72", "tab:red"
 
 
-def colours(vectors: list[Vector]) -> dict[str, tuple]:
-    """A colour for each vector's label, the same in all plots."""
+def choose_colours(vectors: list[Vector]) -> None:
+    """Give each vector the colour that it has in all plots. Red is for the bounds."""
     palette = plt.get_cmap("tab10" if len(vectors) <= 10 else "tab20").colors
-    palette = [colour for colour in palette if colour != plt.get_cmap("tab10").colors[3]]  # red is the bounds'
-    return {vector.label: palette[index % len(palette)] for index, vector in enumerate(vectors)}
+    palette = [colour for colour in palette if colour != plt.get_cmap("tab10").colors[3]]
+    for index, vector in enumerate(vectors):
+        vector.colour = palette[index % len(palette)]
 
 
 def line_style(vector: Vector) -> dict:
-    return {"linestyle": "-" if vector.kind == "learned" else "--", "linewidth": 1.8}
+    return {"color": vector.colour, "linestyle": "-" if vector.kind == "learned" else "--", "linewidth": 1.8}
+
+
+def measured(found: dict, vectors: list[Vector]) -> list[tuple[Vector, dict]]:
+    """The vectors that a measurement has, each with its entry."""
+    return [(vector, found["vectors"][vector.label]) for vector in vectors if vector.label in found["vectors"]]
+
+
+def draw_curve(axes, vector: Vector, m: list[float], values: list[float], **style) -> None:
+    """Plot a quantity of a vector against the norm `m`, with a dot at the vector's own norm."""
+    axes.plot(m, values, **line_style(vector), label=plain(vector.label), **style)
+    own = np.interp(math.log(vector.norm), np.log(m), values)
+    marker = "o" if vector.kind == "learned" else "s"
+    axes.plot(vector.norm, own, marker, color=vector.colour, markeredgecolor="black", zorder=4)
 
 
 def plain(label: str) -> str:
     """A label that matplotlib shows as it is: dollars would begin a formula, and "_" would hide it from the legend."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
-
-
-def legend_beside(axes) -> None:
-    """The legend right of the plot, where any number of lines has room."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
 
 
 def norm_axis(axes, label: str = "norm m of the embedding") -> None:
@@ -838,15 +792,11 @@ def plot_norms(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
     mean = result["norms"]["mean"]
     axes.axvline(mean, color="black", linewidth=1, linestyle=":", label=f"vocabulary's mean {mean:.3g}")
     for vector in vectors:
-        colour = colours(vectors)[vector.label]
-        axes.axvline(
-            vector.norm, color=colour, **line_style(vector), label=plain(f"{vector.label}: {vector.norm:.3g}")
-        )
+        axes.axvline(vector.norm, **line_style(vector), label=plain(f"{vector.label}: {vector.norm:.3g}"))
     norm_axis(axes, "L2 norm of the embedding")
     axes.set_ylabel("vocabulary tokens")
     axes.set_yscale("symlog", linthresh=10)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    legend_beside(axes)
 
 
 def plot_initializers(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
@@ -861,115 +811,73 @@ def plot_initializers(axes, result: dict, extra: dict, vectors: list[Vector]) ->
             found = result["initializers"].get(vector.label)
             if found and found["initializer"] == start:
                 label = plain(f"{vector.label}: {found['cosine']:.3f} ({found['degrees']:.1f}°)")
-                colour = colours(vectors)[vector.label]
-                axes.scatter(found["cosine"], height + 0.1, s=60, marker="v", color=colour, label=label, zorder=3)
+                place = (found["cosine"], height + 0.1)
+                axes.scatter(*place, s=60, marker="v", color=vector.colour, label=label, zorder=3)
     names = list(extra["cosines"])
     axes.set_yticks(range(len(names)), map(plain, names))
     axes.set_ylim(-0.75, len(names) - 0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("cosine to the initializer (grey: every vocabulary token; black, named: its nearest)")
-    legend_beside(axes)
-
-
-def mark_own_norms(axes, m: list[float], curves: dict[str, list[float]], vectors: list[Vector]) -> None:
-    """A dot on each vector's curve at the norm that it really has."""
-    for vector in vectors:
-        if vector.label in curves:
-            value = np.interp(math.log(vector.norm), np.log(m), curves[vector.label])
-            marker = "o" if vector.kind == "learned" else "s"
-            axes.plot(
-                vector.norm, value, marker, color=colours(vectors)[vector.label], markeredgecolor="black", zorder=4
-            )
 
 
 def plot_attenuation(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
     found = result["attenuation"]
-    bounds = np.array([curve["bound"] for curve in found["vectors"].values()], dtype=float)
-    axes.plot(
-        found["m"],
-        bounds.max(axis=0),
-        color=BOUND,
-        linewidth=1.2,
-        linestyle="-.",
-        label="bound of the largest, O(|p|/m)",
-    )
-    for vector in vectors:
-        if curve := found["vectors"].get(vector.label):
-            colour = colours(vectors)[vector.label]
-            axes.fill_between(found["m"], curve["min"], curve["max"], color=colour, alpha=0.10, linewidth=0)
-            axes.plot(found["m"], curve["mean"], color=colour, **line_style(vector), label=plain(vector.label))
-    mark_own_norms(axes, found["m"], {k: c["mean"] for k, c in found["vectors"].items()}, vectors)
+    bounds = np.array([curve["bound"] for curve in found["vectors"].values()], dtype=float).max(axis=0)
+    axes.plot(found["m"], bounds, color=BOUND, linewidth=1.2, linestyle="-.", label="bound of the largest, O(|p|/m)")
+    for vector, curve in measured(found, vectors):
+        axes.fill_between(found["m"], curve["min"], curve["max"], color=vector.colour, alpha=0.10, linewidth=0)
+        draw_curve(axes, vector, found["m"], curve["mean"])
     norm_axis(axes)
     axes.set_yscale("log")
     axes.set_ylabel("|Norm(m v + p) − Norm(m v)|")
-    legend_beside(axes)
 
 
 def plot_turning(quantity: str, bound: str, axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
     found = result["turning"]
-    curves = {label: entry[quantity] for label, entry in found["vectors"].items()}
-    for vector in vectors:
-        if vector.label in curves:
-            axes.plot(
-                found["m"],
-                curves[vector.label],
-                color=colours(vectors)[vector.label],
-                **line_style(vector),
-                label=plain(vector.label),
-            )
-    bounds = [entry[bound] for entry in found["vectors"].values()]
-    worst = [max(column) if None not in column else math.nan for column in zip(*bounds, strict=True)]
-    axes.plot(found["m"], worst, color=BOUND, linewidth=1.2, linestyle="-.", label="bound, where it applies")
-    first = next((m for m, value in zip(found["m"], worst, strict=True) if math.isfinite(value)), found["m"][-1])
-    axes.axvspan(found["m"][0], first, color="black", alpha=0.05, linewidth=0, label="no bound here")
-    mark_own_norms(axes, found["m"], curves, vectors)
+    m, curves = found["m"], measured(found, vectors)
+    for vector, entry in curves:
+        draw_curve(axes, vector, m, entry[quantity])
+    columns = zip(*(entry[bound] for _, entry in curves), strict=True)
+    worst = [max(column) if None not in column else math.nan for column in columns]
+    axes.plot(m, worst, color=BOUND, linewidth=1.2, linestyle="-.", label="bound, where it applies")
+    first = next((x for x, value in zip(m, worst, strict=True) if math.isfinite(value)), m[-1])
+    axes.axvspan(m[0], first, color="black", alpha=0.05, linewidth=0, label="no bound here")
     norm_axis(axes)
-    axes.set_xlim(found["m"][0], found["m"][-1])
+    axes.set_xlim(m[0], m[-1])
     axes.set_yscale("log")
-    axes.set_ylim(min(map(min, curves.values())) / 1.5, 400)
+    axes.set_ylim(min(min(entry[quantity]) for _, entry in curves) / 1.5, 400)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_ylabel("angle, degrees")
-    legend_beside(axes)
 
 
 def plot_turning_blocks(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
-    for vector in vectors:
-        if entry := result["turning"]["vectors"].get(vector.label):
-            colour, own = colours(vectors)[vector.label], entry["own"]
-            numbers = range(1, len(own["blocks"]) + 1)
-            label = plain(f"{vector.label}, m = {vector.norm:.3g}")
-            axes.plot(numbers, own["blocks"], marker=".", color=colour, **line_style(vector), label=label)
-            bounds = [math.nan if bound is None else min(bound, 180) for bound in own["block_bounds"]]
-            axes.plot(numbers, bounds, "_", color=colour, markersize=14, markeredgewidth=2)
+    for vector, entry in measured(result["turning"], vectors):
+        own = entry["own"]
+        numbers = range(1, len(own["blocks"]) + 1)
+        label = plain(f"{vector.label}, m = {vector.norm:.3g}")
+        axes.plot(numbers, own["blocks"], marker=".", **line_style(vector), label=label)
+        bounds = [math.nan if bound is None else min(bound, 180) for bound in own["block_bounds"]]
+        axes.plot(numbers, bounds, "_", color=vector.colour, markersize=14, markeredgewidth=2)
     axes.plot([], [], "_", color="black", markersize=14, markeredgewidth=2, label="bound (180° at most)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("angle, degrees")
     axes.set_ylim(bottom=0)
-    legend_beside(axes)
 
 
 def plot_positions(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
     found = result["positions"]
     words = {"color": "black", "linewidth": 4, "alpha": 0.25, "label": "vocabulary words, not trained on"}
     axes.plot(found["norms"], found["words"], **words)
-    for vector in vectors:
-        if curve := found["vectors"].get(vector.label):
-            points = sorted(
-                {**dict(zip(found["norms"], curve["accuracy"], strict=True)), vector.norm: curve["own"]}.items()
-            )
-            m, accuracy = zip(*points, strict=True)
-            colour = colours(vectors)[vector.label]
-            axes.plot(m, accuracy, marker=".", color=colour, **line_style(vector), label=plain(vector.label))
-            marker = "o" if vector.kind == "learned" else "s"
-            axes.plot(vector.norm, curve["own"], marker, color=colour, markeredgecolor="black", zorder=4)
+    for vector, curve in measured(found, vectors):
+        points = dict(zip(found["norms"], curve["accuracy"], strict=True)) | {vector.norm: curve["own"]}
+        draw_curve(axes, vector, *zip(*sorted(points.items()), strict=True), marker=".")
     axes.axhline(found["chance"], color=BOUND, linewidth=1, linestyle=":", label=f"chance, {found['chance']:.3f}")
     norm_axis(axes)
     axes.set_xticks(found["norms"])
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("positions told rightly")
-    legend_beside(axes)
 
 
 PLOTS = {
@@ -995,6 +903,7 @@ PLOTS = {
 def draw_plots(encoder: str, result: dict, extra: dict, vectors: list[Vector], folder: Path) -> dict[str, Path]:
     """Draw what was measured as `<plot>-<encoder>.png`. Returns the paths by the plot's name."""
     missing = {"initializer": "initializers", "attenuation": "attenuation", "positions": "positions"}
+    choose_colours(vectors)
     paths = {}
     for name, (draw, title) in PLOTS.items():
         if name in missing and not result[missing[name]]:
@@ -1004,6 +913,9 @@ def draw_plots(encoder: str, result: dict, extra: dict, vectors: list[Vector], f
             size = (8.5, 1.2 + 1.6 * len(extra["cosines"])) if name == "initializer" else None
             figure, axes = plt.subplots(figsize=size)
             draw(axes, result, extra, vectors)
+            axes.legend(
+                loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0
+            )  # room for any number of lines
             axes.set_title(f"{encoder}: {title}", loc="left")
             paths[name] = folder / f"{name}-{encoder}.png"
             figure.savefig(paths[name])
@@ -1033,32 +945,30 @@ POSITIONS_ABSENT = (
 )
 
 
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
 def table(head: list[str], rows: list[list]) -> str:
     """An HTML table: numbers to the right, texts escaped."""
-    lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    for row in rows:
-        cells = [
-            f"<td>{html.escape(cell)}</td>" if isinstance(cell, str) else f'<td class="number">{number(cell)}</td>'
-            for cell in row
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</table>"])
+
+    def cell(value: str | float | None) -> str:
+        if isinstance(value, str):
+            return f"<td>{html.escape(value)}</td>"
+        return f'<td class="number">{"–" if value is None else f"{value:.4g}"}</td>'
+
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head), *("".join(map(cell, row)) for row in rows)]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def picture(paths: dict[str, Path], name: str) -> str:
-    if name not in paths:
-        return ""
-    return (
-        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(paths[name].read_bytes()).decode()}"></p>'
-    )
+def picture(path: Path) -> str:
+    return f'<p><img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></p>'
 
 
 def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
+
+
+def section(title: str, text: str | None, plots: list[Path], head: list[str], rows: list[list]) -> list[str]:
+    """A heading, a paragraph, the plots and a table; without rows, the text alone."""
+    texts = [f"<h3>{title}</h3>"] + ([paragraph(text)] if text else [])
+    return texts + ([*map(picture, plots), table(head, rows)] if rows else [])
 
 
 def norms_section(result: dict, paths: dict) -> list[str]:
@@ -1069,51 +979,49 @@ def norms_section(result: dict, paths: dict) -> list[str]:
         f" {norms['min']:.4g} to {norms['max']:.4g}); {norms['zero_rows']} rows are zero and left out."
     )
     head = ["vector", "kind", "norm", "times the mean", "percentile of the vocabulary"]
-    return ["<h3>Norms</h3>", paragraph(text), picture(paths, "norms"), table(head, rows)]
+    return section("Norms", text, [paths["norms"]], head, rows)
 
 
-def neighbours_section(result: dict) -> list[str]:
+def neighbours_section(result: dict, paths: dict) -> list[str]:
     rows = []
     for label, found in result["neighbours"].items():
         lists = (", ".join(f"{t['token']} ({t['value']:.3f})" for t in found[m]) for m in ("cosine", "euclidean"))
         rows.append([label, found["kind"], *lists])
-    text = "The nearest tokens of the vocabulary, a token of the vocabulary itself left out."
-    head = ["vector", "kind", "by cosine", "by Euclidean distance"]
-    return ["<h3>Neighbours</h3>", paragraph(text), table(head, rows)]
+    text = "The nearest tokens of the vocabulary. A token of the vocabulary is not listed as its own neighbour."
+    return section("Neighbours", text, [], ["vector", "kind", "by cosine", "by Euclidean distance"], rows)
 
 
 def initializers_section(result: dict, paths: dict) -> list[str]:
-    if not result["initializers"]:
-        text = "No learned vector with a known initializer: --initializer_token names it."
-        return ["<h3>Distance from the initializer</h3>", paragraph(text)]
-    rows = [[k, v["initializer"], v["cosine"], v["degrees"]] for k, v in result["initializers"].items()]
-    head = ["vector", "initializer", "cosine", "angle, degrees"]
-    return ["<h3>Distance from the initializer</h3>", picture(paths, "initializer"), table(head, rows)]
+    title, found = "Distance from the initializer", result["initializers"]
+    if not found:
+        return section(title, "No learned vector has a known initializer: name it by --initializer_token.", [], [], [])
+    rows = [[k, v["initializer"], v["cosine"], v["degrees"]] for k, v in found.items()]
+    return section(title, None, [paths["initializer"]], ["vector", "initializer", "cosine", "angle, degrees"], rows)
 
 
 def attenuation_section(result: dict, paths: dict) -> list[str]:
-    title = "<h3>Position after the first LayerNorm</h3>"
-    if result["attenuation"] is None:
-        return [title, paragraph(POSITIONS_ABSENT)]
+    title, found = "Position after the first LayerNorm", result["attenuation"]
+    if found is None:
+        return section(title, POSITIONS_ABSENT, [], [], [])
     text = (
         "What a position embedding p adds to the output of the first LayerNorm, |Norm(m v + p) − Norm(m v)|, where the word"
-        " has direction v and norm m. Lemma 1: it falls as |p|/m. The bound is 2 max|gain| √d |p| / (m |v|), p and v less"
-        " their means; dots are at the vectors' own norms."
+        " has direction v and norm m. Lemma 1: it falls as |p|/m. The bound is 2 max|gain| √d |p| / (m |v|), with p and v"
+        " minus their means. Dots mark the vectors' own norms."
     )
-    rows = [[k, v["at_own_norm"], v["largest_share_of_bound"]] for k, v in result["attenuation"]["vectors"].items()]
+    rows = [[k, v["at_own_norm"], v["largest_share_of_bound"]] for k, v in found["vectors"].items()]
     head = ["vector", "at its own norm, mean over positions", "largest share of the bound (at most 1)"]
-    return [title, paragraph(text), picture(paths, "attenuation"), table(head, rows)]
+    return section(title, text, [paths["attenuation"]], head, rows)
 
 
 def turning_section(result: dict, paths: dict) -> list[str]:
     found = result["turning"]
     text = (
-        f"The angle by which the blocks turn the word's hidden state, the mean of {found['contexts']} contexts. Proposition 1:"
-        " at most (π/2) B/(|x| − B) for a block whose update is bounded by B, and (π/2) S/(|x0| − S) for all of them, S the"
-        " sum of their B. B of a block is its largest update seen here, over norms, contexts and vectors; the true bound may"
-        f" be larger. S = {found['S']:.4g}. The total bound needs |x0| > S and the block's |x| > B;"
-        f" of {found['angles']} angles measured a bound applies to {found['angles_with_bound']}, and"
-        f" {found['angles_above_bound']} of these are above it."
+        f"The angle by which the blocks turn the word's hidden state, as the mean of {found['contexts']} contexts."
+        " Proposition 1: at most (π/2) B/(|x| − B) for a block whose update is bounded by B, and (π/2) S/(|x0| − S) for all"
+        " of them, where S is the sum of their B. Here B is a block's largest measured update, over norms, contexts and"
+        f" vectors; the true bound may be larger. S = {found['S']:.4g}. The total bound needs |x0| > S, a block's |x| > B."
+        f" It applies to {found['angles_with_bound']} of {found['angles']} measured angles, of which"
+        f" {found['angles_above_bound']} exceed it."
     )
     rows = []
     for label, entry in found["vectors"].items():
@@ -1124,25 +1032,34 @@ def turning_section(result: dict, paths: dict) -> list[str]:
         rows.append([label, own["mean_block"], blocks, own["path"], own["total"], total])
     head = ["vector, at its own norm", "a block, mean, degrees", "blocks with a bound", "sum of blocks, degrees"]
     head += ["first to last state, degrees", "bound of both, degrees"]
-    plots = [picture(paths, name) for name in ("turning", "turning_mean", "turning_blocks")]
-    return ["<h3>Turning of the hidden state</h3>", paragraph(text), *plots, table(head, rows)]
+    plots = [paths[name] for name in ("turning", "turning_mean", "turning_blocks")]
+    return section("Turning of the hidden state", text, plots, head, rows)
 
 
 def positions_section(result: dict, paths: dict) -> list[str]:
-    title = "<h3>Reading the position</h3>"
-    found = result["positions"]
+    title, found = "Reading the position", result["positions"]
     if found is None:
-        return [title, paragraph(POSITIONS_ABSENT)]
+        return section(title, POSITIONS_ABSENT, [], [], [])
     text = (
-        "The share of positions that a linear softmax classifier tells from the first LayerNorm's output. It is trained on"
-        f" prompts of vocabulary words at all positions; on prompts of words that it has not seen it is right in"
+        "The share of positions that a linear softmax classifier reads correctly from the first LayerNorm's output. It is"
+        " trained on prompts of vocabulary words at all positions. On prompts of words that it has not seen, its accuracy is"
         f" {100 * found['held_out']:.1f}% (chance: {100 * found['chance']:.1f}%). Each direction is then put at every position"
         " with these norms. The paper's classifier is larger and tested at the first position, so its figures differ."
     )
     rows = [["vocabulary words, not trained on", *found["words"], None]]
     rows += [[label, *entry["accuracy"], entry["own"]] for label, entry in found["vectors"].items()]
     head = ["accuracy at norm", *(f"{norm:g}" for norm in found["norms"]), "its own norm"]
-    return [title, paragraph(text), picture(paths, "positions"), table(head, rows)]
+    return section(title, text, [paths["positions"]], head, rows)
+
+
+SECTIONS = (
+    norms_section,
+    neighbours_section,
+    initializers_section,
+    attenuation_section,
+    turning_section,
+    positions_section,
+)
 
 
 def write_report(args: argparse.Namespace, results: dict[str, dict], paths: dict[str, dict]) -> None:
@@ -1163,9 +1080,8 @@ def write_report(args: argparse.Namespace, results: dict[str, dict], paths: dict
     for name, result in results.items():
         body.append(f"<h2>{name}</h2>")
         body.append(paragraph(f"{result['class']}, {result['blocks']} blocks, width {result['width']}."))
-        body += [*norms_section(result, paths[name]), *neighbours_section(result)]
-        body += [*initializers_section(result, paths[name]), *attenuation_section(result, paths[name])]
-        body += [*turning_section(result, paths[name]), *positions_section(result, paths[name])]
+        for make_section in SECTIONS:
+            body += make_section(result, paths[name])
     versions = ", ".join(f"{library} {version}" for library, version in about["versions"].items())
     body.append(f'<p class="note">{html.escape(versions)}. Every number is in analysis.json.</p>')
     text = json.dumps(about | {"encoders": results}, indent=1, allow_nan=False)
@@ -1182,20 +1098,18 @@ def main(argv: list[str] | None = None) -> None:
     # Everything that a user can get wrong is looked at before any weight loads.
     args = command_line().parse_args(argv)
     prompts = check_options(args)
-    sources = read_sources(args)
-    classes = find_encoders(args)
-    path = args.pretrained_model_name_or_path
-    tokenizers = {name: load_tokenizer(path, name, cls, args.revision) for name, cls in classes.items()}
-    check_widths(args, sources, classes)
+    sources, path = read_sources(args), args.pretrained_model_name_or_path
+    embeddings = [source.embedding for source in sources]
+    family, tokenizers = check_model_fits(path, args.revision, args.embeddings, embeddings, words=[])
     check_words(tokenizers, sources, args.words)
+    index = model_index(path, args.revision)
 
     results, paths = {}, {}
-    for name, cls in classes.items():
-        encoder = load_encoder(args, name, cls, tokenizers[name])
+    for name, tokenizer in zip(ENCODERS[family], tokenizers, strict=True):
+        cls = index[name][1]
+        encoder = load_encoder(args, name, cls, tokenizer)
         vectors = collect_vectors(encoder, sources, args.words)
         print(f"{name}: {len(vectors)} vectors and words", flush=True)
-        if not vectors:  # the embeddings are of the other encoder alone
-            continue
         results[name], extra = analyse(encoder, vectors, prompts, args.seed)
         results[name] = {"class": cls} | results[name]
         try:
