@@ -15,12 +15,11 @@ The measurements follow Directional Textual Inversion (https://arxiv.org/abs/251
     norms         each vector's norm among the vocabulary's (Figure 1a)
     neighbours    nearest vocabulary tokens, by cosine and by Euclidean distance (Tables 1 and 5)
     initializer   cosine to the initializer, beside the initializer's own neighbours (Figure 1b)
-    attenuation   how much position is left after the first LayerNorm, against the norm (Lemma 1; CLIP only)
+    attenuation   how much of the position remains after the first LayerNorm, against the norm (Lemma 1; CLIP only)
     turning       how far the blocks turn the word's hidden state, against the norm (Proposition 1)
-    positions     how well a linear classifier still reads the word's position, against the norm (CLIP only)
+    positions     how well a linear classifier can still read the word's position, against the norm (CLIP only)
 
-Written to --output_dir: `report.html`, which holds its plots and can be sent as it is, the plots as PNG, and
-`analysis.json` with every number.
+Written to --output_dir: `report.html`, one self-contained file, the plots as PNG, and `analysis.json` with every number.
 
 Sections: 1 options, 2 mathematics, 3 the model, 4 vectors and words, 5 measurements, 6 plots, 7 report, 8 main.
 """
@@ -73,10 +72,10 @@ a photo of {} | a painting of {} in the snow | my {} with a hat | a close-up pic
 two children play with {} | an old drawing of {} | {} and a red car | in the garden there is a small {}
 the {} sleeps under a tree | a dark street with {} and rain | she holds the {} in her hand | a clay figure of {}
 """
-TURNING_TEMPLATES = 4  # the first so many are the contexts in which the turning angle is measured
+TURNING_TEMPLATES = 4  # the turning angle is measured in the first four contexts
 POSITION_NORMS = (0.2, 0.4, 1.0, 2.0, 4.0, 8.0, 16.0)  # the paper's
 NEIGHBOURS = 5
-CHUNK = 8192  # rows of the vocabulary that are looked at together: Gemma's has 256,000 of 2,304 numbers
+CHUNK = 8192  # rows of the vocabulary processed at once: Gemma's has 256,000 rows of 2,304 numbers
 CLASSIFIER_STEPS, CLASSIFIER_PROMPTS = 500, 16
 
 
@@ -93,13 +92,13 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline, in diffusers' format.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
-    add("--variant", default=None, help="Variant of the model's weight files, such as fp16. They are computed with in float32.")
+    add("--variant", default=None, help="Variant of the model's weight files, such as fp16. The computation is in float32.")
     add("--embeddings", type=Path, nargs="+", default=[], metavar="PATH", help="Learned embeddings: folders or files.")
-    add("--initializer_token", default=None, help="The class word that they started from. Default: what each embedding's file or training_options.json says.")
-    add("--words", nargs="+", default=[], metavar="WORD", help="Words of the vocabulary to look at besides.")
-    add("--prompts", type=Path, default=None, help="File of prompts, one a line, with {} for the word, instead of the built-in ones.")
+    add("--initializer_token", default=None, help="The class word that training started from. Default: read from the embedding's file or training_options.json.")
+    add("--words", nargs="+", default=[], metavar="WORD", help="Words of the vocabulary to analyse too.")
+    add("--prompts", type=Path, default=None, help="File with one prompt per line, with {} for the word. Replaces the built-in prompts.")
     add("--output_dir", type=Path, required=True, help="Where the report is written.")
-    add("--device", default=None, help="Device of the text encoders. Default: the GPU where there is one.")
+    add("--device", default=None, help="Device of the text encoders. Default: the GPU if there is one.")
     add("--seed", type=int, default=0, help="Seed of the position classifier's prompts.")
     return parser
 
@@ -120,7 +119,7 @@ def check_options(args: argparse.Namespace) -> list[str]:
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """Prompts of a file, or the built-in ones, each with {} for the word. Raises UserError."""
+    """Read the prompts from a file, or take the built-in ones. Each has {} for the word. Raises UserError."""
     if path is None:
         return [prompt.strip() for line in TEMPLATES.strip().splitlines() for prompt in line.split("|")]
     lines = read_lines(path)
@@ -138,7 +137,7 @@ def read_prompts(path: Path | None) -> list[str]:
 def attenuation(norm: torch.nn.LayerNorm, v: torch.Tensor, p: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """|Norm(m v + p) - Norm(m v)| (M, P) for a direction `v` (d), positions `p` (P, d) and norms `m` (M).
 
-    This is what a position adds to the first block's input (Lemma 1). In float64, for the difference is small.
+    This is what a position adds to the first block's input (Lemma 1). In float64, because the difference is small.
     """
     norm = copy.deepcopy(norm).double()
     v, p = v.double(), p.double()
@@ -156,8 +155,8 @@ def attenuation_bound(norm: torch.nn.LayerNorm, v: torch.Tensor, p: torch.Tensor
 
         |Norm(m v + p) - Norm(m v)|  <=  max|g| sqrt(d) 2 |C p| / (|a| + |b|)  <=  2 max|g| sqrt(d) |C p| / (m |C v|).
 
-    The last step leaves out |a| and eps, which only makes the bound larger: it holds for every m > 0 and every eps >= 0.
-    Where m is large the difference itself comes to at most half of it, for then |a| is near |b|.
+    The last step drops |a| and eps, which only makes the bound larger: it holds for every m > 0 and every eps >= 0.
+    For large m the difference is at most half of the bound, because |a| is then close to |b|.
     """
     v, p = (x.double() - x.double().mean(dim=-1, keepdim=True) for x in (v, p))
     gain = norm.weight.double().abs().max() if norm.weight is not None else 1.0
@@ -168,8 +167,8 @@ def attenuation_bound(norm: torch.nn.LayerNorm, v: torch.Tensor, p: torch.Tensor
 def turning_bound(length: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """Proposition 1, in degrees: a state of norm |x| = `length` turns by at most (pi/2) B / (|x| - B), B = `update`.
 
-    The same formula bounds one block (B bounds its update) and all of them (with S, the sum of the blocks' B, for B and
-    |x0| for |x|). It says something only where |x| > B; elsewhere the result is infinite.
+    The same formula bounds one block (B bounds its update) and all blocks (S, the sum of the blocks' B, replaces B and
+    |x0| replaces |x|). It applies only where |x| > B; elsewhere the result is infinite.
     """
     # (pi/2) B / (|x| - B)
     bound = torch.rad2deg(math.pi / 2 * update / (length - update))
@@ -177,7 +176,7 @@ def turning_bound(length: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. The model: text encoders and tokenizers, and nothing else of the pipeline
+# 3. The model: only the pipeline's text encoders and tokenizers
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +189,7 @@ class TextEncoder:
         layers: the pre-norm blocks, in order.
         norm: the first block's LayerNorm, or None where positions are not added (Gemma).
         positions: learned position embeddings (P, d), or None.
-        scale: what an embedding is multiplied by before the first block: sqrt(d) in Gemma, else 1.
+        scale: the factor applied to an embedding before the first block: sqrt(d) in Gemma, else 1.
     """
 
     name: str
@@ -213,7 +212,7 @@ def load_encoder(args: argparse.Namespace, name: str, cls: str, tokenizer) -> Te
     except Exception as error:  # transformers, safetensors and the Hub raise many kinds
         raise UserError(f"--pretrained_model_name_or_path {path} is not complete: {one_line(error)}") from None
     model.requires_grad_(False).eval().to(args.device)
-    # By kind and not by path: transformers 5.6 dropped CLIPTextModel's `text_model`.
+    # Found by kind, not by path: transformers 5.6 dropped CLIPTextModel's `text_model`.
     count = model.config.num_hidden_layers
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
     positions = next((m.weight for n, m in model.named_modules() if n.endswith("position_embedding")), None)
@@ -230,10 +229,10 @@ def load_encoder(args: argparse.Namespace, name: str, cls: str, tokenizer) -> Te
 
 
 def hidden_states(encoder: TextEncoder, prefix: list[int], embeddings: torch.Tensor) -> torch.Tensor:
-    """The last token's states (M, L + 1, d) before and after each of the L blocks, with the tokens `prefix` before it.
+    """The last token's states (M, L + 1, d) before and after each of the L blocks, behind the tokens `prefix`.
 
-    `embeddings` (M, d) are what the vocabulary would hold for the token. What follows it in a prompt is not needed: both
-    kinds of encoder are causal. By hooks, for the output called `hidden_states` ends with a final norm in some models.
+    `embeddings` (M, d) replace the token's row in the vocabulary. The text after the token does not matter: both kinds of
+    encoder are causal. Hooks read the states, because the last of the model's `hidden_states` may have a final norm on it.
     """
     vocabulary, states = encoder.model.get_input_embeddings(), []
     raw_scale = getattr(vocabulary, "embed_scale", 1.0)  # transformers 5 scales Gemma's embeddings in the vocabulary
@@ -276,9 +275,9 @@ class Source:
 
 @dataclass
 class Vector:
-    """A vector (d) to analyse: `learned`, of an `initializer` or of a `word`. `row` is its place in the vocabulary.
+    """A vector (d) to analyse, of kind `learned`, `initializer` or `word`. `row` is its index in the vocabulary.
 
-    A learned one has the row of its own initializer in `initializer_row`, where one is known.
+    For a learned vector, `initializer_row` is the index of its initializer, if it is known.
     """
 
     label: str
@@ -294,7 +293,7 @@ class Vector:
 
 
 def known_initializer(path: Path, metadata: dict[str, str]) -> str | None:
-    """The class word that an embedding started from, as its file or the run's training_options.json beside it says."""
+    """The class word that training started from, from the embedding's file or the run's training_options.json."""
     if metadata.get("dti.initializer_token"):
         return metadata["dti.initializer_token"]
     folder = path if path.is_dir() else path.parent
@@ -307,7 +306,7 @@ def known_initializer(path: Path, metadata: dict[str, str]) -> str | None:
 
 
 def read_sources(args: argparse.Namespace) -> list[Source]:
-    """Read --embeddings. Two of the same name, such as a DTI and a TI run, are told apart by their paths."""
+    """Read --embeddings. Paths distinguish two with the same token, such as a DTI and a TI run. Raises UserError."""
     embeddings = []
     for path in args.embeddings:
         if args.embeddings.count(path) > 1:
@@ -330,7 +329,7 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
 
 
 def word_ids(tokenizer, text: str, option: str) -> list[int]:
-    """Token ids of a word. Raises UserError where the vocabulary has none for it."""
+    """Token ids of a word. Raises UserError if the vocabulary cannot spell it."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids or any("\ufffd" in tokenizer.decode([i]) for i in ids):
         raise UserError(f"{option} {text!r} is not in the vocabulary: give an English word.")
@@ -338,7 +337,7 @@ def word_ids(tokenizer, text: str, option: str) -> list[int]:
 
 
 def check_words(tokenizers: list, sources: list[Source], words: list[str]) -> None:
-    """Refuse words and initializers that a vocabulary lacks, before weights load. Raises UserError."""
+    """Check before weights load that the vocabularies have the words and initializers. Raises UserError."""
     for tokenizer in tokenizers:
         for word in words:
             word_ids(tokenizer, word, "--words")
@@ -348,22 +347,22 @@ def check_words(tokenizers: list, sources: list[Source], words: list[str]) -> No
 
 
 def token_text(tokenizer, token_id: int) -> str:
-    """A token as a reader knows it. One that only begins a word ends with a hyphen in CLIP; Gemma's "▁" is a space."""
+    """A readable form of a token. A CLIP token that only begins a word gets a hyphen; Gemma's "▁" stands for a space."""
     token = tokenizer.convert_ids_to_tokens(int(token_id))
-    if token is None:  # a row beyond the tokenizer, as Gemma-2's padding of the vocabulary may be
+    if token is None:  # a row beyond the tokenizer: Gemma-2's vocabulary is padded
         return f"#{int(token_id)}"
     if not isinstance(tokenizer, CLIPTokenizer) or token_id in tokenizer.all_special_ids:
         return token
-    # A byte-level tokenizer writes bytes as other characters; a lone byte of a longer character decodes to nothing.
+    # A byte-level tokenizer maps bytes to other characters; a single byte of a longer character does not decode.
     text = tokenizer.decode([token_id]).strip()
     word = text if text.isprintable() and text and "\ufffd" not in text else token.removesuffix("</w>")
     return word if token.endswith("</w>") else f"{word}-"
 
 
 def collect_vectors(encoder: TextEncoder, sources: list[Source], words: list[str]) -> list[Vector]:
-    """Everything to analyse in one text encoder: learned vectors, then their initializers, then words, each row once.
+    """The vectors to analyse in one text encoder: learned ones, then their initializers, then words, each row once.
 
-    Several vectors start from the initializer's tokens in turn, as the training scripts have it.
+    As in the training scripts, several vectors start from the initializer's tokens in turn.
     """
     vectors, rows = [], {}
     for source in sources:
@@ -377,7 +376,7 @@ def collect_vectors(encoder: TextEncoder, sources: list[Source], words: list[str
     for word in words:
         rows |= {row: "word" for row in word_ids(encoder.tokenizer, word, "--words") if row not in rows}
     for row, kind in sorted(rows.items(), key=lambda item: item[1]):
-        value = encoder.vocabulary[row].float().clone()  # or it would keep the whole vocabulary in memory
+        value = encoder.vocabulary[row].float().clone()  # a view would keep the whole vocabulary in memory
         if value.any():  # a zero row has no direction
             label = token_text(encoder.tokenizer, row)
             taken = any(vector.label == label for vector in vectors)
@@ -386,21 +385,21 @@ def collect_vectors(encoder: TextEncoder, sources: list[Source], words: list[str
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Measurements. Each returns a dictionary of numbers and lists, as analysis.json has it.
+# 5. Measurements. Each returns a dictionary of numbers and lists, as stored in analysis.json.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def chunks(vocabulary: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """The vocabulary's rows (k, d) in float32, a part at a time, with the first one's place."""
+    """Yield the vocabulary in parts: the index of the first row, and the rows (k, d) in float32."""
     for start in range(0, len(vocabulary), CHUNK):
         yield start, vocabulary[start : start + CHUNK].float()
 
 
 def measure_norms(vocabulary: torch.Tensor, vectors: list[Vector]) -> tuple[dict, np.ndarray]:
-    """Figure 1a: the vocabulary's L2 norms, zero rows counted and left out, and each vector's percentile among them.
+    """Figure 1a: the L2 norms of the vocabulary without its zero rows, and each vector's percentile among them.
 
-    The percentile is the share of nonzero rows, in per cent, whose norm is at most the vector's.
-    Returns the norms (V',) besides, for the plot.
+    The percentile is the share of nonzero rows, in per cent, with a norm of at most the vector's.
+    Also returns the norms (V',) for the plot.
     """
     norms = torch.cat([rows.norm(dim=-1) for _, rows in chunks(vocabulary)]).cpu().double().numpy()
     zero_rows, norms = int((norms == 0).sum()), np.sort(norms[norms > 0])
@@ -411,7 +410,7 @@ def measure_norms(vocabulary: torch.Tensor, vectors: list[Vector]) -> tuple[dict
         "vectors": {},
     }
     for vector in vectors:
-        rank = np.searchsorted(norms, vector.norm * (1 + 1e-6), side="right")  # a copied row must count itself
+        rank = np.searchsorted(norms, vector.norm * (1 + 1e-6), side="right")  # so that a copied row counts itself
         result["vectors"][vector.label] = {
             "kind": vector.kind,
             "norm": vector.norm,
@@ -424,13 +423,13 @@ def measure_norms(vocabulary: torch.Tensor, vectors: list[Vector]) -> tuple[dict
 def nearest_tokens(queries: torch.Tensor, vocabulary: torch.Tensor, rows: list[int | None], count: int = NEIGHBOURS):
     """The nearest `count` rows of `vocabulary` (V, d) to each of `queries` (n, d).
 
-    Zero rows are left out, and of a query that is a row itself that row, given by `rows` (n).
-    Returns {"cosine": ..., "euclidean": ...}, each a pair of values and row numbers (n, count), the nearest first.
+    Zero rows are excluded. `rows` (n) gives the index of a query that is itself a row: that row is excluded for it.
+    Returns {"cosine": ..., "euclidean": ...}, each a pair of values and row indices (n, count), nearest first.
     """
     best = {"cosine": None, "euclidean": None}
     for start, part in chunks(vocabulary):
         similarity = normalize(queries) @ normalize(part).T
-        # Not by products: the distance to an equal row would be the rounding of two large squares.
+        # Not by matrix products: they would give an equal row the rounding error of two large squares as distance.
         distance = torch.cdist(queries, part, compute_mode="donot_use_mm_for_euclid_dist")
         left_out = (part.norm(dim=-1) == 0).expand_as(distance).clone()
         for query, row in enumerate(rows):
@@ -449,7 +448,7 @@ def nearest_tokens(queries: torch.Tensor, vocabulary: torch.Tensor, rows: list[i
 
 
 def measure_neighbours(encoder: TextEncoder, vectors: list[Vector]) -> dict:
-    """Tables 1 and 5: the nearest vocabulary tokens by cosine and by Euclidean distance, a word itself left out."""
+    """Tables 1 and 5: the nearest vocabulary tokens by cosine and by Euclidean distance, without the word itself."""
     queries = torch.stack([vector.value for vector in vectors])
     best = nearest_tokens(queries, encoder.vocabulary, [vector.row for vector in vectors])
     result = {}
@@ -468,7 +467,7 @@ def measure_neighbours(encoder: TextEncoder, vectors: list[Vector]) -> dict:
 def measure_initializers(encoder: TextEncoder, vectors: list[Vector]) -> tuple[dict, dict[str, np.ndarray]]:
     """Figure 1b: cosine and angle (degrees) of each learned vector to its initializer.
 
-    Returns besides, by initializer, the cosines (V',) of the whole vocabulary to it, against which to see them.
+    Also returns, by initializer, the cosines (V',) of the whole vocabulary to it, for comparison in the plot.
     """
     starts = {vector.row: vector for vector in vectors if vector.row is not None}
     result, background = {}, {}
@@ -490,7 +489,7 @@ def measure_initializers(encoder: TextEncoder, vectors: list[Vector]) -> tuple[d
 
 
 def norm_grid(mean: float, vectors: list[Vector], furthest: float = 0.0) -> torch.Tensor:
-    """Norms m to measure at: from an eighth of the vocabulary's mean, evenly in log m, and the vectors' own norms."""
+    """Norms m to measure at: from an eighth of the vocabulary's mean, evenly in log m, plus the vectors' own norms."""
     own = [vector.norm for vector in vectors]
     top = max(64 * mean, 2 * max(own), furthest)
     bottom = min(mean / 8, min(own) / 2)
@@ -501,8 +500,8 @@ def norm_grid(mean: float, vectors: list[Vector], furthest: float = 0.0) -> torc
 def measure_attenuation(encoder: TextEncoder, vectors: list[Vector], mean: float) -> dict:
     """Lemma 1: what a position adds to the first LayerNorm's output, against the norm m, and its bound.
 
-    Over all positions of the encoder: mean, smallest and largest; `bound` is the largest of their bounds.
-    `largest_share_of_bound` is the largest ratio of any difference to the bound at its own position: at most 1.
+    Mean, minimum and maximum are over all positions of the encoder; `bound` is the largest of the positions' bounds.
+    `largest_share_of_bound` is the largest ratio of a difference to the bound at its own position: at most 1.
     """
     m = norm_grid(mean, vectors)
     norm, positions = copy.deepcopy(encoder.norm).cpu(), encoder.positions.cpu()  # not every device has float64
@@ -523,11 +522,11 @@ def measure_attenuation(encoder: TextEncoder, vectors: list[Vector], mean: float
 
 
 def prefixes(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids of what stands before the word in the first prompts, the start token included."""
+    """Token ids of the text before the word in the first prompts, including the start token."""
     texts = dict.fromkeys(prompt.partition("{}")[0] for prompt in prompts)
     ids = [tokenizer(text.lower()).input_ids for text in list(texts)[:TURNING_TEMPLATES]]
     ids = [prefix[:-1] if prefix[-1] == tokenizer.eos_token_id else prefix for prefix in ids]
-    limit = 70  # tokens, of CLIP's 77: a longer beginning is cut in front
+    limit = 70  # tokens, of CLIP's 77: a longer text is cut at the front
     return [prefix if len(prefix) <= limit else [prefix[0], *prefix[-limit + 1 :]] for prefix in ids]
 
 
@@ -535,7 +534,7 @@ def turn_states(encoder: TextEncoder, vector: Vector, contexts: list[list[int]],
     """Lengths, updates and angles of one direction's hidden state at the norms `m` (M), in each of the K contexts.
 
     Returns `length` |x| (K, M, L + 1), `update` |x' - x| (K, M, L), `block` and `total` angles in degrees, (K, M, L) and
-    (K, M). A total is between the state that enters the first block and the one that leaves the last.
+    (K, M). A total is the angle between the state that enters the first block and the one that leaves the last.
     """
     embeddings = m.to(vector.value)[:, None] * normalize(vector.value)
     parts = {"length": [], "update": [], "block": [], "total": []}
@@ -549,17 +548,17 @@ def turn_states(encoder: TextEncoder, vector: Vector, contexts: list[list[int]],
 
 
 def measure_turning(encoder: TextEncoder, vectors: list[Vector], prompts: list[str], mean: float) -> dict:
-    """Proposition 1: how far each block, and all of them, turn the token's hidden state, against the norm m.
+    """Proposition 1: how far each block, and all blocks together, turn the token's hidden state, against the norm m.
 
-    B of a block is its largest update seen in this sweep over norms, contexts and vectors. The true bound may be larger.
-    S is their sum. A bound is given only where its assumption, |x| > B or |x0| > S, was measured to hold in every
-    context. Each vector stands alone behind the contexts, also if its word has several.
-    The entries by vector are means over the contexts; `path` is the sum of the blocks' angles, which the total bound
-    covers as well: |x_l| >= |x0| - (B_1 + ... + B_l), so that the blocks' bounds add up to no more than it.
+    B of a block is its largest update in this sweep over norms, contexts and vectors. The true bound may be larger.
+    S is their sum. A bound is given only where its assumption, |x| > B or |x0| > S, holds in every measured context.
+    Each vector stands alone behind the contexts, even if its word has several vectors.
+    The entries by vector are means over the contexts; `path` is the sum of the blocks' angles. The total bound covers it
+    too: |x_l| >= |x0| - (B_1 + ... + B_l), so the blocks' bounds add up to no more than the total bound.
     """
     contexts = prefixes(encoder.tokenizer, prompts)
     pilot = turn_states(encoder, vectors[0], contexts, norm_grid(mean, vectors[:1]))
-    reach = pilot["update"].amax(dim=(0, 1)).sum().item() / encoder.scale  # from here on the bound begins to apply
+    reach = pilot["update"].amax(dim=(0, 1)).sum().item() / encoder.scale  # from this norm on the bound applies
     m = norm_grid(mean, vectors, furthest=8 * reach)
     measured = {vector.label: turn_states(encoder, vector, contexts, m) for vector in vectors}
     B = torch.stack([states["update"].amax(dim=(0, 1)) for states in measured.values()]).amax(dim=0)
@@ -597,12 +596,12 @@ def measure_turning(encoder: TextEncoder, vectors: list[Vector], prompts: list[s
 
 
 def finite(values: torch.Tensor) -> list[float | None]:
-    """As a list, with None where a bound does not apply: JSON has no infinity."""
+    """The values as a list, with None where a bound does not apply: JSON has no infinity."""
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def whole_words(encoder: TextEncoder) -> list[int]:
-    """Rows of the vocabulary that are whole words of letters; of a vocabulary without any, all rows."""
+    """Rows of the vocabulary that are whole words of letters. If there are fewer than five, all rows."""
     ids = []
     for token, row in encoder.tokenizer.get_vocab().items():
         word = token.removesuffix("</w>")
@@ -612,10 +611,10 @@ def whole_words(encoder: TextEncoder) -> list[int]:
 
 
 def draw_prompts(tokenizer, prompts: list[str], words: np.ndarray, count: int, length: int, rng) -> torch.Tensor:
-    """Token ids (count, length): prompts in a row, filled with one to three random words, cut at a random place.
+    """Token ids (count, length): concatenated prompts with one to three random words in each, cut at a random place.
 
-    Long, so that every position has words and not only padding. Half of them begin with the start token, as all do in
-    practice, and half do not, so that the first position too is not known by that token alone.
+    They fill all positions, so that every position has words and not only padding. In practice every prompt begins with
+    the start token. Here only half do, so that the classifier cannot know the first position by that token alone.
     """
     pieces = [
         [tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split("{}")] for prompt in prompts
@@ -637,8 +636,8 @@ def draw_prompts(tokenizer, prompts: list[str], words: np.ndarray, count: int, l
 def train_position_classifier(encoder: TextEncoder, prompts: list[str], words: np.ndarray, rng):
     """Fit softmax(W Norm(e + p) + b) to tell the position of a token. Returns a function from (N, d) to positions (N,).
 
-    Linear, where the authors' notebook has a hidden layer, and scored at every position, where theirs tests the first
-    alone: accuracies are alike in kind but not in number.
+    The authors' notebook has a hidden layer and tests only the first position. This classifier is linear and is tested at
+    every position, so its accuracies differ from theirs.
     """
     device, (length, width) = encoder.positions.device, encoder.positions.shape
 
@@ -647,7 +646,7 @@ def train_position_classifier(encoder: TextEncoder, prompts: list[str], words: n
         return encoder.norm(encoder.vocabulary[ids].float() + encoder.positions).flatten(0, 1)
 
     labels = torch.arange(length, device=device).repeat(CLASSIFIER_PROMPTS)
-    shift, spread = (f(batch(), dim=0) for f in (torch.mean, torch.std))  # features of very unequal size
+    shift, spread = (f(batch(), dim=0) for f in (torch.mean, torch.std))  # the features differ widely in scale
     spread = spread.clamp(min=1e-6)
     W, b = torch.zeros(length, width, device=device), torch.zeros(length, device=device)
     optimizer = torch.optim.Adam([W.requires_grad_(), b.requires_grad_()], lr=2e-2)
@@ -663,10 +662,10 @@ def train_position_classifier(encoder: TextEncoder, prompts: list[str], words: n
 
 
 def measure_positions(encoder: TextEncoder, vectors: list[Vector], prompts: list[str], seed: int) -> dict:
-    """The position classifier's accuracy at all positions on each direction, scaled to `POSITION_NORMS` and as it is.
+    """The position classifier's accuracy at all positions, for each direction at `POSITION_NORMS` and at its own norm.
 
-    It is trained on prompts with four fifths of the vocabulary's whole words, these directions not among them. `held_out`
-    is its accuracy on prompts with the other words, `words` that on up to 200 of them, scaled like the directions.
+    It is trained on prompts with four fifths of the vocabulary's whole words, without the analysed ones. `held_out` is its
+    accuracy on prompts with the other words, `words` the accuracy on up to 200 of them, scaled like the directions.
     """
     rng = np.random.default_rng(seed)
     analysed = {row for vector in vectors for row in (vector.row, vector.initializer_row)}
@@ -704,9 +703,9 @@ def measure_positions(encoder: TextEncoder, vectors: list[Vector], prompts: list
 
 @torch.no_grad()
 def analyse(encoder: TextEncoder, vectors: list[Vector], prompts: list[str], seed: int) -> tuple[dict, dict]:
-    """All measurements in one text encoder. Returns them, and the large arrays that only the plots need.
+    """All measurements in one text encoder. Returns them and the large arrays that only the plots need.
 
-    The sweeps over norms are done for learned vectors and their initializers; for words where there is nothing else.
+    The sweeps over norms cover learned vectors and their initializers, or the words if there are no others.
     """
     norms, all_norms = measure_norms(encoder.vocabulary, vectors)
     initializers, background = measure_initializers(encoder, vectors)
@@ -771,7 +770,7 @@ def draw_curve(axes, vector: Vector, m: list[float], values: list[float], **styl
 
 
 def plain(label: str) -> str:
-    """A label that matplotlib shows as it is: dollars would begin a formula, and "_" would hide it from the legend."""
+    """Escape a label for matplotlib: a dollar would begin a formula, and a leading "_" would hide it from the legend."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
@@ -801,7 +800,7 @@ def plot_norms(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
 
 def plot_initializers(axes, result: dict, extra: dict, vectors: list[Vector]) -> None:
     for height, (start, cosines) in enumerate(extra["cosines"].items()):
-        # One band an initializer: the vocabulary as a line of dots, its nearest tokens by name, the learned ones above.
+        # One band per initializer: the vocabulary as a line of marks, its nearest tokens by name, learned vectors above.
         axes.scatter(cosines, np.full(len(cosines), height - 0.1), s=14, marker="|", linewidth=0.5, color=GREY)
         for index, token in enumerate(result["neighbours"][start]["cosine"]):
             axes.scatter(token["value"], height - 0.1, s=40, marker="|", color="black", linewidth=1.2)
@@ -877,7 +876,7 @@ def plot_positions(axes, result: dict, extra: dict, vectors: list[Vector]) -> No
     axes.set_xticks(found["norms"])
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.05)
-    axes.set_ylabel("positions told rightly")
+    axes.set_ylabel("positions read correctly")
 
 
 PLOTS = {
@@ -885,7 +884,7 @@ PLOTS = {
     "initializer": (plot_initializers, "cosines to the initializers"),
     "attenuation": (
         plot_attenuation,
-        "what positions add to the first LayerNorm's output (mean; shaded: all positions)",
+        "what a position adds to the first LayerNorm's output (mean; shaded: all positions)",
     ),
     "turning": (partial(plot_turning, "total", "total_bound"), "angle from the first to the last hidden state"),
     "turning_mean": (
@@ -896,12 +895,12 @@ PLOTS = {
         plot_turning_blocks,
         "angle by which each block turns the hidden state, at the vector's own norm",
     ),
-    "positions": (plot_positions, "positions told from the first LayerNorm's output by a linear classifier"),
+    "positions": (plot_positions, "positions that a linear classifier reads from the first LayerNorm's output"),
 }
 
 
 def draw_plots(encoder: str, result: dict, extra: dict, vectors: list[Vector], folder: Path) -> dict[str, Path]:
-    """Draw what was measured as `<plot>-<encoder>.png`. Returns the paths by the plot's name."""
+    """Draw the plots to `<plot>-<encoder>.png`. Returns the paths by the plot's name."""
     missing = {"initializer": "initializers", "attenuation": "attenuation", "positions": "positions"}
     choose_colours(vectors)
     paths = {}
@@ -909,7 +908,7 @@ def draw_plots(encoder: str, result: dict, extra: dict, vectors: list[Vector], f
         if name in missing and not result[missing[name]]:
             continue
         with plt.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: a box is shown
+            warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks is drawn as boxes
             size = (8.5, 1.2 + 1.6 * len(extra["cosines"])) if name == "initializer" else None
             figure, axes = plt.subplots(figsize=size)
             draw(axes, result, extra, vectors)
@@ -940,8 +939,8 @@ img {{ max-width: 100% }} h2 {{ border-bottom: 2px solid #222; margin-top: 3rem 
 </body></html>
 """
 POSITIONS_ABSENT = (
-    "Does not apply: this encoder adds no position embeddings to its tokens. Its positions are rotary: they turn queries and"
-    " keys within attention, whatever the norm of the embedding."
+    "Does not apply: this encoder adds no position embeddings to its tokens. Its positions are rotary: they rotate queries"
+    " and keys in attention, independently of the norm of the embedding."
 )
 
 
@@ -1063,7 +1062,7 @@ SECTIONS = (
 
 
 def write_report(args: argparse.Namespace, results: dict[str, dict], paths: dict[str, dict]) -> None:
-    """Write report.html, in which the plots are, and analysis.json. Raises UserError."""
+    """Write report.html, with the plots inside, and analysis.json."""
     about = {
         "model": args.pretrained_model_name_or_path,
         "embeddings": [str(path) for path in args.embeddings],
@@ -1075,7 +1074,9 @@ def write_report(args: argparse.Namespace, results: dict[str, dict], paths: dict
             f"Model: {about['model']}. Embeddings: {', '.join(about['embeddings']) or 'none'}. Seed {args.seed}."
         )
     ]
-    key = "In the plots solid lines and round dots are learned vectors, dashed lines and squares tokens of the vocabulary."
+    key = (
+        "In the plots, solid lines and round dots are learned vectors; dashed lines and squares are vocabulary tokens."
+    )
     body.append(paragraph(key))
     for name, result in results.items():
         body.append(f"<h2>{name}</h2>")
@@ -1095,7 +1096,7 @@ def write_report(args: argparse.Namespace, results: dict[str, dict], paths: dict
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Everything that a user can get wrong is looked at before any weight loads.
+    # Every possible user error is checked before any weight loads.
     args = command_line().parse_args(argv)
     prompts = check_options(args)
     sources, path = read_sources(args), args.pretrained_model_name_or_path
@@ -1116,7 +1117,7 @@ def main(argv: list[str] | None = None) -> None:
             paths[name] = draw_plots(name, results[name], extra, vectors, args.output_dir)
         except OSError as error:
             raise UserError(f"--output_dir {args.output_dir} cannot be written to: {error.strerror}.") from None
-        del encoder  # one at a time in memory
+        del encoder  # only one is in memory at a time
     write_report(args, results, paths)
     print(f"Wrote {args.output_dir / 'report.html'}")
 

@@ -6,24 +6,25 @@
       --gradient_checkpointing off on --compile off on --rank 0 32
     python examples/benchmark.py --work_dir benchmark --size small --against "python other_script.py --steps {steps}"
 
-The model has the published configuration and random weights, which cost the same as trained ones. Its photographs are
-rendered. Every combination of the options with several values is a row. Options that are not listed here go to the script.
+The model has the published configuration and random weights, which cost as much as trained ones. The photographs are
+rendered. Options with several values are combined, one row per combination. Options that are not listed here are passed to
+the script.
 
-A row is one run of the script's own main, unchanged, in a process of its own. Its steps are divided into three parts:
+A row is one run of the script's own `main`, unchanged, in a separate process. Its steps have three phases:
 
-    warm-up    left out
-    timed      from the end of one step to that of the next, by events on the device: nothing waits for the device within.
-               What is logged and saved on the way is in it.
-    broken up  the same steps again, with a wait for the device at every boundary: slower where the device was kept busy
+    warm-up    not measured
+    timed      from the end of one step to the end of the next, by events on the device, without waiting for the device.
+               Logging and saving are included.
+    broken up  more steps, with a wait for the device at every boundary: slower if the device was kept busy
 
-FLOPs are counted after the run, on one more batch, by PyTorch's counter. "Needed" ones are those of a step that recomputes
-nothing, with frozen weights: a forward pass, and the gradient of what lies between the new word and the loss. They are
-counted on tensors without storage. The matrix rate is that of large square products in the run's precision. A whole run's
-time is estimated from the parts, and measured with --repeats.
+PyTorch's counter counts FLOPs after the run, on one more batch. "Needed" FLOPs are those of a step with frozen weights that
+recomputes nothing: a forward pass, and the gradient from the loss back to the new word. They are counted on tensors without
+storage. The matrix rate is measured with large square products in the run's precision. The time of a whole run is estimated
+from the phases, and measured with --repeats.
 
-A row that does not fit the memory says so and the others go on; one that fails is reported and the exit status is 1. "-"
-stands for what was not measured. Of the device's memory there are the peaks of set-up and of the timed steps. Written to
---work_dir: `benchmark.md` and `benchmark.json`; `runs/` has what the runs wrote, with their output in `log.txt`.
+If a row does not fit into memory, the table says so and the next rows run. If a row fails, it is reported and the exit status
+is 1. "-" means not measured. Device memory has two peaks: of the set-up and of the timed steps. Written to --work_dir:
+`benchmark.md` and `benchmark.json`; `runs/` has the runs' files, with their output in `log.txt`.
 
 Sections: 1 options, 2 model and photographs, 3 what is measured inside a run, 4 FLOPs and the matrix rate, 5 one row,
 6 whole runs as processes, 7 tables, 8 main.
@@ -47,7 +48,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,7 +74,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("sdxl", "sana-1.6b", "sana-4.8b")
-# What the benchmark itself says to the script.
+# Options that the benchmark itself passes to the script.
 RESERVED = ("pretrained_model_name_or_path", "instance_data_dir", "train_data_dir", "dataset_name", "output_dir")
 RESERVED += ("placeholder_token", "initializer_token", "resume_from_checkpoint", "push_to_hub")
 
@@ -88,43 +88,44 @@ RESERVED += ("placeholder_token", "initializer_token", "resume_from_checkpoint",
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--work_dir", type=Path, default=Path("benchmark"), help="Where model, photographs, runs and results are written. Default: benchmark.")
-    add("--model", choices=MODELS, default="sdxl", help="Which model, and with it which script. Default: sdxl.")
-    add("--size", choices=["full", "small"], default="full", help="The published size, or a narrow model that trains on a CPU in seconds.")
-    add("--weights", choices=["memory", "disk"], default=None, help="Make the weights on the device, or save gigabytes once and have the script load them. Default: disk for small.")
-    add("--script", type=Path, default=None, help="Another version of the training script.")
+    add("--work_dir", type=Path, default=Path("benchmark"), help="Folder for model, photographs, runs and results. Default: benchmark.")
+    add("--model", choices=MODELS, default="sdxl", help="The model, which also decides the script. Default: sdxl.")
+    add("--size", choices=["full", "small"], default="full", help="The published size, or a small model that trains on a CPU in seconds.")
+    add("--weights", choices=["memory", "disk"], default=None, help="Make the weights on the device, or save them once (gigabytes) for the script to load. Default: disk for small, else memory.")
+    add("--script", type=Path, default=None, help="Path of another version of the training script.")
     switch = {"nargs": "+", "choices": ["off", "on"], "default": ["off"]}
-    grid = parser.add_argument_group("the script's options, each with one value or several").add_argument
+    grid = parser.add_argument_group("options of the script, with one or several values").add_argument
     grid("--resolution", type=at_least(int, 8), nargs="+", default=None, help="Pixels. Default: 1024, small: 64.")
     grid("--train_batch_size", type=at_least(int, 1), nargs="+", default=[4], help="Default: 4.")
     grid("--mixed_precision", choices=["no", "fp16", "bf16"], nargs="+", default=None, help="Default: bf16 on a GPU, otherwise no.")
     grid("--gradient_checkpointing", **switch, help="Default: off.")
     grid("--compile", **switch, help="Default: off.")
-    grid("--rank", type=at_least(int, 0), nargs="+", default=[0], help="Of LoRA. Default: 0, none.")
-    grid("--seed", type=at_least(int, 0), default=0, help="One value. Default: 0.")
+    grid("--rank", type=at_least(int, 0), nargs="+", default=[0], help="LoRA rank. Default: 0, no LoRA.")
+    grid("--seed", type=at_least(int, 0), default=0, help="One seed. Default: 0.")
     steps = parser.add_argument_group("steps").add_argument
-    steps("--warmup", type=at_least(int, 1), default=5, help="Steps before the clock starts. Default: 5.")
-    steps("--steps", type=at_least(int, 2), default=20, help="Timed steps; a multiple of --logging_steps weighs logging right. Default: 20.")
-    steps("--breakdown_steps", type=at_least(int, 0), default=10, help="Steps that are broken up. Default: 10.")
+    steps("--warmup", type=at_least(int, 1), default=5, help="Steps before the timed ones. Default: 5.")
+    steps("--steps", type=at_least(int, 2), default=20, help="Timed steps. A multiple of --logging_steps gives logging its true share. Default: 20.")
+    steps("--breakdown_steps", type=at_least(int, 0), default=10, help="Steps that are broken up into parts. Default: 10.")
     whole = parser.add_argument_group("whole runs").add_argument
     whole("--max_train_steps", type=at_least(int, 1), default=500, help="Steps of a whole run. Default: 500.")
-    whole("--repeats", type=at_least(int, 0), default=None, help="Whole runs, without instruments, as processes. Default: 0, with --against 3.")
-    whole("--against", default=None, metavar="CMD", help="A command to run in turns with the whole runs. {model}, {photos}, {output} and {steps} in it are filled in.")
-    add("--job", type=Path, default=None, help=argparse.SUPPRESS)  # what the processes of the rows are started with
+    whole("--repeats", type=at_least(int, 0), default=None, help="Number of whole runs, as separate processes without instrumentation. Default: 0; with --against 3.")
+    whole("--against", default=None, metavar="CMD", help="A command to run alternately with the whole runs. {model}, {photos}, {output} and {steps} are filled in.")
+    add("--job", type=Path, default=None, help=argparse.SUPPRESS)  # for the processes of the rows
     return parser
 # fmt: on
 
 
 @dataclasses.dataclass
 class Job:
-    """One row: what its process needs to know.
+    """One row: the input of its process.
 
     Attributes:
-        argv: the script's options but for steps and output.
-        phases: numbers of steps: warm-up, timed, broken up.
-        steps: those of a whole run.
+        argv: the script's options without steps and output.
+        phases: number of steps in each phase: warm-up, timed, broken up.
+        steps: steps of a whole run.
         weights: "memory" or "disk".
-        spawned: when the process was started, by the clock on the wall; None in this process.
+        plain: run the script without measuring.
+        spawned: wall-clock time at which the process was started; None in this process.
     """
 
     script: str
@@ -142,11 +143,11 @@ class Job:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, with their defaults, and those of the script. Raises UserError."""
+    """The benchmark's options, with defaults, and the script's. Raises UserError."""
     args, others = command_line().parse_known_args(argv)
     for text in others:
         if text.split("=")[0].removeprefix("--") in RESERVED:
-            raise UserError(f"{text.split('=')[0]} is the benchmark's own business: leave it out.")
+            raise UserError(f"{text.split('=')[0]} is set by the benchmark itself: leave it out.")
     small = args.size == "small"
     args.weights = args.weights or ("disk" if small else "memory")
     args.resolution = args.resolution or [64 if small else 1024]
@@ -164,7 +165,7 @@ def check_against(args: argparse.Namespace) -> None:
     if len(configurations(args)) > 1:
         raise UserError("--against needs one configuration: give each option one value.")
     if not args.repeats:
-        raise UserError("--against with --repeats 0 would run nothing.")
+        raise UserError("--against with --repeats 0 runs nothing: give --repeats 1 or more.")
     try:
         words = shlex.split(args.against)
     except ValueError as error:
@@ -179,13 +180,13 @@ GRID = ("resolution", "train_batch_size", "mixed_precision", "gradient_checkpoin
 
 
 def configurations(args: argparse.Namespace) -> list[dict]:
-    """Every combination of the options that have several values."""
+    """Every combination of the options with several values."""
     values = [dict.fromkeys(getattr(args, name)) for name in GRID]
     return [dict(zip(GRID, combination, strict=True)) for combination in itertools.product(*values)]
 
 
 def script_options(configuration: dict, model: Path, photos: Path, seed: int, others: list[str]) -> list[str]:
-    """The script's command line for a configuration. The user's own options come last, so that they count."""
+    """The script's command line for a configuration. The user's own options come last and take precedence."""
     options = ["--pretrained_model_name_or_path", str(model), "--instance_data_dir", str(photos)]
     options += ["--placeholder_token", "<my-pot>", "--initializer_token", "teapot", "--seed", str(seed)]
     options += ["--report_to", "none"]
@@ -294,12 +295,12 @@ def parts_of(model: str) -> dict[str, tuple[type, object]]:
 
 
 def construct(cls: type, config, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
-    """A model with random weights, made where and as it is wanted: no copy in float32 on the CPU comes before it."""
+    """Make a model with random weights directly on the device in `dtype`, without a float32 copy on the CPU."""
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            # transformers 5 heeds the configuration's dtype more than the default.
+            # In transformers 5 the configuration's dtype overrides the default.
             model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config).to(dtype)
             return model.eval()
     finally:
@@ -307,7 +308,7 @@ def construct(cls: type, config, device: torch.device | str, dtype: torch.dtype)
 
 
 def write_tokenizers(folder: Path, model: str, templates: list[str]) -> dict[str, str]:
-    """Tokenizers that know the bytes and the prompts' words: a prompt is as long as with the published ones."""
+    """Write tokenizers with all bytes and the prompts' words, so that a prompt has its published number of tokens."""
     words = sorted({*make_small_sdxl.WORDS, *re.findall(r"[a-z]+", " ".join(templates).lower())})
     if model == "sdxl":
         make_small_sdxl.make_tokenizer(folder / "tokenizer", "<|endoftext|>", words)
@@ -342,7 +343,7 @@ def write_full_model(folder: Path, model: str, templates: list[str], weights: st
 
 
 def prepare_model(args: argparse.Namespace, templates: list[str]) -> Path:
-    """The pipeline's folder, made unless it is there. Raises UserError."""
+    """The pipeline's folder, made if it does not exist. Raises UserError."""
     family = args.model.partition("-")[0]
     name = f"{family}-small" if args.size == "small" else f"{args.model}-{args.weights}"
     folder = args.work_dir / "models" / name
@@ -363,7 +364,7 @@ def prepare_model(args: argparse.Namespace, templates: list[str]) -> Path:
 
 
 def prepare_photographs(args: argparse.Namespace) -> Path:
-    """Five rendered pictures; for a full-size model as large as a telephone's, for the script decodes and scales them."""
+    """Five rendered pictures. For a full-size model they have a phone camera's size, since the script decodes and scales them."""
     folder = args.work_dir / f"photos-{args.size}"
     if not (folder / "04.png").is_file() and not (folder / "04.jpg").is_file():
         make_small_sdxl.make_photographs(folder)
@@ -378,12 +379,12 @@ def prepare_photographs(args: argparse.Namespace) -> Path:
 
 @contextlib.contextmanager
 def random_weights(script, device: torch.device | None = None) -> Iterator[None]:
-    """Within it the script's model makes random weights from the configurations instead of reading any."""
+    """In this context the script's model gets random weights from the configurations instead of reading files."""
 
     def diffusers_model(cls: type, place) -> Callable:
         def build(path, subfolder, torch_dtype, **_):
             model = construct(cls, cls.load_config(path, subfolder=subfolder), place, torch_dtype)
-            return model.to("cpu") if model.device.type == "cuda" else model  # where the script's models come from
+            return model.to("cpu") if model.device.type == "cuda" else model  # where the script's loaders put them
 
         return build
 
@@ -411,7 +412,7 @@ PARTS += ("text encoders backward", "optimizer", "logging", "saving", "rest")
 
 
 class Ledger:
-    """Shares a growing quantity, seconds or FLOPs, among named parts. What lies in an inner part is not in the outer."""
+    """Divides a growing quantity (seconds or FLOPs) among named parts. An inner part's share is not in the outer one."""
 
     def __init__(self):
         self.read, self.amounts, self.open, self.last = None, {}, [], 0
@@ -435,7 +436,7 @@ class Ledger:
             self.open.append(part)
 
     def turn(self, part: str) -> None:
-        """What is going on becomes another part."""
+        """Change the innermost open part to another part."""
         if self.read and self.open[-1] != part:
             self.charge()
             self.open[-1] = part
@@ -466,41 +467,32 @@ def wait_for_device() -> None:
 
 
 def seconds_now() -> float:
-    """The time when all that was given to the device is done."""
+    """The time when all work on the device is done."""
     wait_for_device()
     return time.perf_counter()
 
 
 def device_peaks(device: torch.device) -> dict[str, int] | None:
-    """Bytes of the device since the peak was reset: in tensors, and held by PyTorch. None for a CPU."""
+    """Peak bytes on the device since the last reset: in tensors, and reserved by PyTorch. None for a CPU."""
     if device.type != "cuda":
         return None
     return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
-def host_peak(process: int | str = "self") -> int | None:
-    """Bytes of a process's memory at their most. None where the system does not tell, or the process has ended.
+def host_peak() -> int | None:
+    """The peak of this process's memory in bytes. None where the system does not report it.
 
-    Not by getrusage: on Linux a process starts there with the memory of the one that started it.
+    Not from getrusage: on Linux a process starts there with the memory of its parent.
     """
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.M)
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     except OSError:
         return None
     return int(found.group(1)) * 1024 if found else None
 
 
-def descendants(process: int) -> list[int]:
-    """The process and all that it has started and that run still, on Linux."""
-    found = [process]
-    with contextlib.suppress(OSError):
-        for file in Path(f"/proc/{process}/task").glob("*/children"):
-            found += [pid for child in file.read_text().split() for pid in descendants(int(child))]
-    return found
-
-
 class Observer:
-    """Looks on while the script's main runs: the script's functions do what they do, and tell when."""
+    """Instruments the script's functions while its `main` runs, without changing what they do."""
 
     def __init__(self, script, phases: tuple[int, int, int]):
         self.script, self.phases, self.ledger = script, phases, Ledger()
@@ -546,7 +538,7 @@ class Observer:
             load(model, dtype)
             self.model, self.dtype = model, model.denoiser.dtype
             self.watch_model(model)
-            if self.device.type == "cuda":  # what making the weights took is no business of the script
+            if self.device.type == "cuda":  # the memory for making the weights does not count
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
 
@@ -570,7 +562,7 @@ class Observer:
         def encode(*args, **kwargs):
             outputs = encode_prompts(*args, **kwargs)
             for tensor in outputs:
-                # Autograd takes the latest operation first: when it comes to the encoders' output, the denoiser is done.
+                # Autograd runs backwards: when it reaches the encoders' output, the denoiser is done.
                 if self.ledger.read and tensor.requires_grad:
                     tensor.register_hook(lambda _: self.ledger.turn("text encoders backward"))
             return outputs
@@ -582,7 +574,7 @@ class Observer:
             fetch = self.ledger.wrap(functools.partial(next, batches(*args, **kwargs)), "data")
             while True:
                 batch = fetch()
-                if self.step_count == sum(self.phases) - 1:  # no other is kept, for keeping takes memory
+                if self.step_count == sum(self.phases) - 1:  # only the last one is kept, to save memory
                     self.batch = batch
                 yield batch
 
@@ -590,7 +582,7 @@ class Observer:
 
     def first_of(self, loss: Callable) -> Callable:
         def timed_loss(model, batch):
-            if "total" not in self.set_up:  # the first step begins, or its data was just fetched
+            if "total" not in self.set_up:  # the first step begins
                 self.set_up["total"] = seconds_now() - self.start
                 self.set_up["device_peak"] = device_peaks(self.device)
                 if self.device.type == "cuda":
@@ -610,7 +602,7 @@ class Observer:
         return counted
 
     def after_step(self) -> None:
-        """Go from phase to phase. Within the timed one nothing is done but to note the time."""
+        """Advance from phase to phase. In the timed phase only the time is recorded."""
         warmup, timed, broken_up = itertools.accumulate(self.phases)
         if warmup <= self.step_count <= timed:
             if self.step_count == warmup:
@@ -647,19 +639,19 @@ class Observer:
 
 
 def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_, out_shape=None, **__) -> int:
-    """2 (q k' and p v) x 2 FLOPs a multiplication. Heads are the queries': Gemma-2 has fewer keys."""
+    """Two products (q k' and p v) of 2 FLOPs per multiplication. Counts the query heads: Gemma-2 has fewer key heads."""
     *heads, length, width = q
     return 2 * torch.Size(heads).numel() * length * k[-2] * (width + v[-1])
 
 
 def attention_backward_flops(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
-    """Five products where the forward pass has two: fused kernels compute q k' again."""
+    """Five products, against two in the forward pass: fused kernels recompute q k'."""
     *heads, length, width = q
     return 2 * torch.Size(heads).numel() * length * k[-2] * (3 * width + 2 * v[-1])
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter of matrix products, convolutions and attention, with what it lacks on CPUs and for Gemma-2."""
+    """PyTorch's counter of matrix products, convolutions and attention, extended for CPUs and Gemma-2."""
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     formulas = {f"_scaled_dot_product_{kind}": attention_flops for kind in kinds}
     formulas |= {f"_scaled_dot_product_{kind}_backward": attention_backward_flops for kind in kinds}
@@ -669,7 +661,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def weightless(script, observer: Observer, args: argparse.Namespace):
-    """The model as tensors without storage, that recomputes nothing and is not compiled."""
+    """A copy of the model on the meta device, without recomputation and not compiled."""
 
     def like(part: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         return construct(type(part), copy.deepcopy(part.config), "meta", dtype).requires_grad_(False)
@@ -692,7 +684,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def count_flops(observer: Observer, model, device: torch.device | str) -> dict[str, float] | None:
-    """FLOPs by part of the last batch's loss and gradient; None where memory is short, or "meta" lacks an operation."""
+    """FLOPs by part for the last batch's loss and gradient. None if memory is short or "meta" lacks an operation."""
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in observer.batch.items()}
     batch["generators"] = [torch.Generator().manual_seed(0) for _ in batch["generators"]]
     counter = flop_counter()
@@ -712,9 +704,9 @@ def count_flops(observer: Observer, model, device: torch.device | str) -> dict[s
 
 
 def step_flops(observer: Observer, args: argparse.Namespace) -> dict[str, dict | None]:
-    """FLOPs of a step as it is, and as needed."""
+    """FLOPs of a step as run, and as needed."""
     for module in observer.model.denoiser.modules():
-        module._compiled_call_impl = None  # the counter does not look into compiled code
+        module._compiled_call_impl = None  # the counter does not see into compiled code
     found = {"flops": count_flops(observer, observer.model, observer.device)}
     bare = weightless(observer.script, observer, args)
     observer.watch_model(bare)
@@ -724,7 +716,7 @@ def step_flops(observer: Observer, args: argparse.Namespace) -> dict[str, dict |
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = None, repeats: int = 20) -> float:
-    """FLOPs a second of products of square matrices: the median of `repeats`."""
+    """FLOP/s of square matrix products: the median of `repeats`."""
     side = side or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     for _ in range(3):
@@ -742,12 +734,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = Non
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
-
-
 def measure(job: Job) -> dict:
-    """Run the script's main and say what was seen."""
+    """Run the script's `main` and return the measurements."""
     begin = time.perf_counter()
     script = load_script(Path(job.script))
     imports = time.time() - job.spawned if job.spawned else time.perf_counter() - begin
@@ -772,12 +760,13 @@ def measure(job: Job) -> dict:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         row["matrix_rate"] = matrix_rate(device, dtype)
-        row["checkpoint_bytes"] = folder_bytes(Path(job.output) / f"checkpoint-{sum(job.phases)}")
+        checkpoint = Path(job.output) / f"checkpoint-{sum(job.phases)}"
+        row["checkpoint_bytes"] = sum(path.stat().st_size for path in checkpoint.iterdir())
     return row
 
 
 def summarise(row: dict, steps: int, warmup: int) -> dict:
-    """What follows from the measurements: median and quartiles of a step, rates, and the estimate of a whole run."""
+    """Derive median and quartiles of a step, rates, and the estimated time of a whole run."""
     seconds = row.get("step_seconds")
     if not seconds:
         return row
@@ -795,7 +784,7 @@ def summarise(row: dict, steps: int, warmup: int) -> dict:
 
 
 def run_job(path: Path) -> None:
-    """What a row's process does: read the job, run it, write the result beside it."""
+    """The entry point of a row's process: read the job, run it, write the result beside it."""
     job = Job(**json.loads(path.read_text()))
     if job.plain:
         script = load_script(Path(job.script))
@@ -808,7 +797,7 @@ def run_job(path: Path) -> None:
 
 
 def is_first_process() -> bool:
-    """Of those that a launcher has started for one row."""
+    """Whether this is the first of the processes that a launcher started for one row."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -817,56 +806,18 @@ def is_first_process() -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class MemoryWatch(threading.Thread):
-    """Looks twenty times a second at a command's memory: the peak of its largest process, and of the device.
-
-    The device's is as the driver tells it, of any process; it is in use beyond what was when the watch was made.
-    """
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.process = self.host_peak = self.device_peak = self.free = None
-        self.done = threading.Event()
-        if torch.cuda.is_available():
-            self.free = torch.cuda.mem_get_info()[0]  # after this process's own share is taken
-
-    def run(self) -> None:
-        while True:
-            peaks = [peak for peak in map(host_peak, descendants(self.process)) if peak is not None]
-            self.host_peak = max([self.host_peak or 0, *peaks]) or None
-            if self.free is not None:
-                self.device_peak = max(self.device_peak or 0, self.free - torch.cuda.mem_get_info()[0])
-            if self.done.wait(0.05):
-                return
-
-
-def run_process(command: list[str], log: Path, watch_memory: bool = True) -> dict:
-    """Run a command to its end. Wall time, exit status, and peak memory."""
+def run_process(command: list[str], log: Path) -> dict:
+    """Run a command to its end. Returns wall time and exit status."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    watch = MemoryWatch() if watch_memory else None
     with log.open("wb") as file:
         begin = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            if watch:
-                watch.process = process.pid
-                watch.start()
-            process.wait()
-        finally:
-            if process.returncode is None:  # Ctrl-C
-                process.kill()
-                process.wait()
-            seconds = time.perf_counter() - begin
-            if watch:
-                watch.done.set()
-                watch.join()
-    peaks = {"host_peak": watch.host_peak, "device_peak": watch.device_peak} if watch else {}
-    return {"seconds": seconds, "status": process.returncode, **peaks}
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+    return {"seconds": time.perf_counter() - begin, "status": process.returncode}
 
 
 def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else "it said nothing"
+    return lines[-1][-300:] if lines else "no output"
 
 
 def job_command(job: Job, folder: Path) -> list[str]:
@@ -875,21 +826,21 @@ def job_command(job: Job, folder: Path) -> list[str]:
 
 
 def run_row(job: Job, folder: Path) -> dict:
-    """Measure a row in a process of its own: neither its memory nor its failure is that of another row."""
+    """Measure a row in a separate process, so that its memory and its failure do not affect other rows."""
     (folder / "result.json").unlink(missing_ok=True)
     job.spawned = time.time()
-    process = run_process(job_command(job, folder), folder / "log.txt", watch_memory=False)  # it watches its own
+    process = run_process(job_command(job, folder), folder / "log.txt")
     if process["status"] == 0:
         return json.loads((folder / "result.json").read_text())
-    if process["status"] == -9:  # by the system, where the host's memory is used up
-        return {"status": "killed, perhaps for want of memory"}
+    if process["status"] == -9:  # by the system, when the host's memory runs out
+        return {"status": "killed, probably out of memory"}
     return {"status": f"failed: {last_line(folder / 'log.txt')}"}
 
 
 def run_in_turns(commands: dict[str, Callable[[], list[str]]], folder: Path, repeats: int) -> dict[str, list[dict]]:
-    """Run the commands one after the other, `repeats` times over: what slows the machine for a while slows all of them.
+    """Run the commands alternately, `repeats` times each, so that a temporary slowdown affects all of them.
 
-    Raises UserError where one fails.
+    Raises UserError if one fails.
     """
     results = {name: [] for name in commands}
     for number, (name, command) in itertools.product(range(repeats), commands.items()):
@@ -903,7 +854,7 @@ def run_in_turns(commands: dict[str, Callable[[], list[str]]], folder: Path, rep
 
 
 def whole_runs(job: Job, args: argparse.Namespace, model: Path, photos: Path, folder: Path) -> dict:
-    """Wall times and memory of whole runs of the script, in turns with --against. Raises UserError."""
+    """Wall times of whole runs of the script, in turns with --against. Raises UserError."""
     plain = dataclasses.replace(job, plain=True, output=str(folder / "plain"))
 
     def own() -> list[str]:
@@ -940,12 +891,8 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
-def labels(row: dict, names: list[str]) -> list[str]:
-    return [str(row["options"][name]) for name in names]
-
-
 def columns_of(rows: list[dict]) -> list[str]:
-    """The options that tell the rows apart, and always resolution and batch."""
+    """The options that differ between rows, and always resolution and batch."""
     varied = [name for name in GRID if len({row["options"][name] for row in rows}) > 1]
     return [name for name in GRID if name in varied or name in ("resolution", "train_batch_size")]
 
@@ -956,18 +903,8 @@ def total(parts: dict | None) -> float | None:
 
 def main_table(rows: list[dict]) -> str:
     names = columns_of(rows)
-    head = [
-        *names,
-        "s a step",
-        "quartiles",
-        "set-up s",
-        "run s, estimated",
-        "set-up GB",
-        "device GB",
-        "host GB",
-        "TFLOP a step",
-    ]
-    head += ["of the matrix rate", "needed TFLOP", "of the matrix rate", "checkpoint kB", ""]
+    head = [*names, "s per step", "quartiles", "set-up s", "run s, estimated", "set-up GB", "device GB", "host GB"]
+    head += ["TFLOP per step", "of the matrix rate", "needed TFLOP", "of the matrix rate", "checkpoint kB", ""]
     lines = []
     for row in rows:
         step, peak = row.get("step", {}), row.get("device_peak") or {}
@@ -980,12 +917,12 @@ def main_table(rows: list[dict]) -> str:
             flops = total(row.get(name))
             line += ["-" if flops is None else f"{flops / 1e12:.3g}", percent(row.get(f"{name}_of_matrix_rate"))]
         line += [amount(row.get("checkpoint_bytes"), 1e3, 0), "" if row["status"] == "measured" else row["status"]]
-        lines.append([*labels(row, names), *line])
+        lines.append([*(str(row["options"][name]) for name in names), *line])
     return markdown_table(head, lines)
 
 
 def parts_table(rows: list[dict], key: str, unit: float, digits: int, last: str) -> str | None:
-    """A column for each part that is in any row, and the sum."""
+    """One column for each part that occurs in any row, and the sum."""
     rows = [row for row in rows if row.get(key)]
     if not rows:
         return None
@@ -995,7 +932,7 @@ def parts_table(rows: list[dict], key: str, unit: float, digits: int, last: str)
     for row in rows:
         whole = total(row[key])
         cells = [f"{amount(row[key][part], unit, digits)} ({percent(row[key][part] / whole)})" for part in parts]
-        lines.append([*labels(row, names), *cells, amount(whole, unit, digits)])
+        lines.append([*(str(row["options"][name]) for name in names), *cells, amount(whole, unit, digits)])
     return markdown_table([*names, *parts, last], lines)
 
 
@@ -1005,13 +942,12 @@ def whole_run_table(rows: list[dict]) -> str | None:
     for row in (row for row in rows if row.get("whole_runs")):
         for name, runs in row["whole_runs"]["runs"].items():
             seconds = [x["seconds"] for x in runs]
-            peaks = [max((x[k] for x in runs if x[k] is not None), default=None) for k in ("host_peak", "device_peak")]
             spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
             name = f"`{row['whole_runs']['command']}`" if name == "--against" else name
             counts = [str(row["whole_runs"]["steps"]), str(len(seconds))]
-            line = [name, *counts, amount(statistics.median(seconds)), spread, *(amount(x, 1e9) for x in peaks)]
-            lines.append([*labels(row, names), *line])
-    head = [*names, "whole run", "steps", "runs", "median s", "from to", "host GB", "device GB"]
+            line = [name, *counts, amount(statistics.median(seconds)), spread]
+            lines.append([*(str(row["options"][name]) for name in names), *line])
+    head = [*names, "whole run", "steps", "runs", "median s", "from to"]
     return markdown_table(head, lines) if lines else None
 
 
@@ -1020,8 +956,8 @@ def to_markdown(report: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     device = next((row["device"] for row in rows if row.get("device")), "-")
     rates = {row["matrix_rate"] for row in rows if row.get("matrix_rate")}
-    rate = f" Square matrix products reach {max(rates) / 1e12:.3g} TFLOP a second." if rates else ""
-    where = {"memory": "made on the device, so that set-up lacks reading them", "disk": "read from disk"}
+    rate = f" Square matrix products reach {max(rates) / 1e12:.3g} TFLOP/s." if rates else ""
+    where = {"memory": "made on the device, so set-up does not include reading them", "disk": "read from disk"}
     same = [f"{name} {rows[0]['options'][name]}" for name in GRID if len({row["options"][name] for row in rows}) == 1]
     text = [
         f"{report['model']}, {report['size']}; weights random, {where[report['weights']]}. {', '.join(same)}"
@@ -1030,11 +966,11 @@ def to_markdown(report: dict) -> str:
         main_table(rows),
     ]
     sections = {
-        "Milliseconds of a step, waiting for the device at every boundary": (
+        "Milliseconds per step, with a wait for the device at every boundary": (
             parts_table(rows, "breakdown", 1e-3, 2, "sum")
         ),
-        "GFLOP of a step, as it is": parts_table(rows, "flops", 1e9, 2, "sum"),
-        "GFLOP of a step, as needed": parts_table(rows, "needed_flops", 1e9, 2, "sum"),
+        "GFLOP per step, as run": parts_table(rows, "flops", 1e9, 2, "sum"),
+        "GFLOP per step, as needed": parts_table(rows, "needed_flops", 1e9, 2, "sum"),
         "Whole runs as processes": whole_run_table(rows),
     }
     text += [f"{title}:\n\n{table}" for title, table in sections.items() if table]
@@ -1042,14 +978,14 @@ def to_markdown(report: dict) -> str:
 
 
 def about_machine() -> dict:
-    """Versions. The GPU is not asked for its name here: what this process holds of its memory the rows would lack."""
+    """Threads and versions. The GPU is not queried here, because a CUDA context would take memory from the rows."""
     names = ("torch", "diffusers", "transformers", "accelerate", "peft")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
     return {"threads": torch.get_num_threads(), "versions": versions, "cuda": torch.version.cuda}
 
 
 def device_name(device: torch.device | None) -> str | None:
-    """The GPU's or the processor's; None where a run ended before it had one."""
+    """The name of the GPU or processor. None if a run ended before it had a device."""
     if device is None or device.type == "cuda":
         return device and torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -1065,7 +1001,7 @@ def device_name(device: torch.device | None) -> str | None:
 
 
 def check_configurations(script, wanted: list[list[str]]) -> None:
-    """Let the script look at every row's options before anything runs. Raises UserError."""
+    """Let the script check every row's options before anything runs. Raises UserError."""
     with tempfile.TemporaryDirectory() as scratch:
         for options in wanted:
             try:
@@ -1076,7 +1012,7 @@ def check_configurations(script, wanted: list[list[str]]) -> None:
 
 
 def run_grid(args: argparse.Namespace, others: list[str]) -> Iterator[dict]:
-    """The rows, one after the other. Raises UserError before the first."""
+    """Yield the rows. Raises UserError before the first one."""
     script = load_script(args.script)
     runs, nowhere = args.work_dir / "runs", args.work_dir / "unused"
     wanted = configurations(args)
@@ -1091,7 +1027,7 @@ def run_grid(args: argparse.Namespace, others: list[str]) -> Iterator[dict]:
         print(", ".join(f"{k} {v}" for k, v in configuration.items()), flush=True)
         row = {"options": configuration, **summarise(run_row(job, folder), args.max_train_steps, args.warmup)}
         step = row.get("step")
-        print(f"  {row['status']}" + (f": {step['median']:.4f} s a step" if step else ""), flush=True)
+        print(f"  {row['status']}" + (f": {step['median']:.4f} s per step" if step else ""), flush=True)
         if args.repeats and row["status"] == "measured":
             try:
                 row["whole_runs"] = whole_runs(job, args, model, photos, folder)
@@ -1109,7 +1045,7 @@ def main() -> None:
     report = {"date": datetime.datetime.now().isoformat(timespec="minutes"), "machine": about_machine()}
     report |= {"model": args.model if args.size == "full" else args.model.partition("-")[0], "size": args.size}
     report |= {"weights": args.weights, "script": args.script.name, "script_options": others, "rows": []}
-    for row in run_grid(args, others):  # written after each: a grid may be stopped
+    for row in run_grid(args, others):  # written after each row: a grid may be stopped
         report["rows"].append(row)
         text = to_markdown(report)
         files = {"benchmark.json": json.dumps(report, indent=2) + "\n", "benchmark.md": text}

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Evaluate learned embeddings by the paper's protocol: pictures, image and text scores, tables, sheets and a plot.
+"""Evaluate learned embeddings with the paper's protocol: pictures, image and text scores, tables, sheets and a plot.
 
     python examples/evaluate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --embeddings DTI=out/dog TI=out/ti-dog --rescale TI=mean --instance_data_dir photos/dog --class_word dog \
       --prompts live --output_dir evaluation
 
-Every prompt is sampled with every seed: 40 prompts x 4 seeds = 160 pictures of a subject by each method. The image score
-is the cosine of DINOv2's class features between a picture and every reference picture, averaged; the text score is SigLIP's
-sigmoid of the image-text logit, with the class word in the placeholder's stead (arXiv 2512.13672).
+Every prompt is sampled with every seed: 40 prompts x 4 seeds = 160 pictures per subject and method. The image score is the
+mean cosine between DINOv2's class features of a picture and of every reference picture. The text score is the sigmoid of
+SigLIP's image-text logit, with the class word in place of the placeholder (arXiv 2512.13672).
 
-Many subjects come from a table (CSV, or JSON with a list of objects), a subject and a method a row:
+Several subjects come from a table (CSV, or JSON with a list of objects) with one row per subject and method:
 
     subject,method,path,instance_data_dir,class_word,prompts
     dog,DTI,out/dog,photos/dog,dog,live
@@ -18,11 +18,11 @@ Many subjects come from a table (CSV, or JSON with a list of objects), a subject
 
     python examples/evaluate.py --pretrained_model_name_or_path ... --table table.csv --output_dir evaluation
 
-In the miniature world, whose attributes can be read off a picture, add `--prompts world --classifiers FOLDER`.
+For the miniature world, where classifiers can read the attributes of a picture, add `--prompts world --classifiers FOLDER`.
 
 Written to --output_dir: `pictures/<subject>/<method>/<prompt>-<seed>.png`, `references`, `report.md`,
-`scores.csv` (a row a picture), `evaluation.json` (all of it, for user_study.py), `scatter.png` and `sheets`, the methods
-side by side. Started again, it keeps the pictures that were made with the same settings and makes the rest.
+`scores.csv` (one row per picture), `evaluation.json` (everything, for user_study.py), `scatter.png`, and `sheets` with the
+methods side by side. A repeated run keeps the pictures that were made with the same settings and makes the others.
 
 google/siglip's tokenizer needs the packages sentencepiece and protobuf.
 
@@ -83,7 +83,7 @@ MINIATURE = Path(__file__).resolve().parent / "miniature"
 
 
 def rescale_option(text: str) -> tuple[str | None, str | float]:
-    """METHOD=RULE as (method, rule); a rule alone is for every method."""
+    """Parse METHOD=RULE as (method, rule). A rule alone applies to every method."""
     method, equals, rule = text.rpartition("=")
     return method if equals else None, magnitude_rule(rule)
 
@@ -101,20 +101,20 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_model_options(parser)
     parser.set_defaults(batch_size=4, scheduler="paper", negative_prompt=None, overwrite=True)
-    add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
-    add("--table", type=Path, help="CSV or JSON file: a subject and a method a row.")
-    add("--embeddings", type=named_path, nargs="+", metavar="NAME=PATH", help="Methods and their embeddings (one subject).")
-    add("--subject", help="The subject's name. Default: that of --instance_data_dir.")
+    add("--output_dir", type=Path, required=True, help="Output folder. A repeated run continues in it.")
+    add("--table", type=Path, help="CSV or JSON file with one row per subject and method.")
+    add("--embeddings", type=named_path, nargs="+", metavar="NAME=PATH", help="Methods and their embeddings, for one subject.")
+    add("--subject", help="The subject's name. Default: the name of --instance_data_dir.")
     add("--instance_data_dir", type=Path, help="Reference pictures.")
-    add("--masks", type=Path, help="Masks of the reference pictures, of the same names, the subject white: the rest is blacked out.")
-    add("--class_word", help="What the subject is: stands for it in the text score.")
-    add("--prompts", default="object", help=f"{', '.join(BUILT_IN)}, or a file with a prompt a line, {{}} for the subject. Default: object.")
+    add("--masks", type=Path, help="Masks with the names of the reference pictures, white on the subject. The rest is painted black.")
+    add("--class_word", help="The subject's class. It replaces the placeholder in the text score.")
+    add("--prompts", default="object", help=f"{', '.join(BUILT_IN)}, or a file with one prompt per line and {{}} for the subject. Default: object.")
     add("--rescale", type=rescale_option, nargs="+", default=[], metavar="[METHOD=]RULE",
-        help="Evaluate METHOD (or all) rescaled to the vocabulary's norm too: mean, min or a number.")
-    add("--seeds", type=at_least(int, 0), nargs="+", default=[0, 1, 2, 3], help="A picture of each prompt for each. Paper: four.")
-    add("--dino", default="facebook/dinov2-base", help="Image score's model: Hub id or folder.")
-    add("--siglip", default="google/siglip-base-patch16-512", help="Text score's model: Hub id or folder.")
-    add("--classifiers", type=Path, help="Folder of the miniature world's attribute classifiers.")
+        help="Also evaluate METHOD (or all) rescaled to the vocabulary's norm: mean, min or a number.")
+    add("--seeds", type=at_least(int, 0), nargs="+", default=[0, 1, 2, 3], help="Seeds: one picture per prompt and seed. Paper: four seeds.")
+    add("--dino", default="facebook/dinov2-base", help="Model of the image score: Hub id or folder.")
+    add("--siglip", default="google/siglip-base-patch16-512", help="Model of the text score: Hub id or folder.")
+    add("--classifiers", type=Path, help="Folder with the miniature world's attribute classifiers.")
     return parser
 # fmt: on
 
@@ -128,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse what the options alone show to be wrong. Raises UserError."""
+    """Check the options without reading any file's content. Raises UserError."""
     if (args.table is None) == (args.embeddings is None):
         raise UserError("Give either --table, or --embeddings with --instance_data_dir and --class_word.")
     for name in ("instance_data_dir", "class_word"):
@@ -138,7 +138,7 @@ def check_options(args: argparse.Namespace) -> None:
         if args.table and getattr(args, name) is not None:
             raise UserError(f"--{name} is for one subject: with --table, make it a column of {args.table}.")
     if len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is there twice.")
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is given twice.")
     if args.classifiers and not (args.classifiers / "model.safetensors").is_file():
         raise UserError(
             f"--classifiers {args.classifiers} has no model.safetensors: give the miniature's classifiers."
@@ -149,33 +149,35 @@ OUTPUTS = "pictures references sheets report.md scores.csv evaluation.json scatt
 
 
 def check_output_dir(folder: Path) -> None:
-    """Make the folder, or see that it is one of ours: nothing else is ever overwritten. Raises UserError."""
+    """Make the folder, or check that this script made it: other files are never overwritten. Raises UserError."""
     mark = folder / ".evaluation"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = [] if mark.exists() else [name for name in OUTPUTS if (folder / name).exists()]
         if foreign:
-            raise UserError(f"--output_dir {folder} has a {foreign[0]} that is not of this script: choose another.")
+            raise UserError(
+                f"--output_dir {folder} has a {foreign[0]} that this script did not write: choose another folder."
+            )
         mark.touch()
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another.") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Prompts, fixed before any method was run: {} is the subject
+# 2. Prompts, fixed before any method ran: {} is the subject
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, "simple" or "complex" or neither, and in the miniature world the attributes that it states."""
+    """A prompt, its kind ("simple", "complex" or ""), and in the miniature world the attributes that it states."""
 
     text: str
     kind: str = ""
     states: dict[str, str] = field(default_factory=dict)
 
     def with_word(self, word: str) -> str:
-        """The prompt with a token, or for the text score with the class word."""
+        """The prompt with a token or, for the text score, with the class word."""
         return self.text.replace("{}", word)
 
 
@@ -234,7 +236,7 @@ a paper collage of a {} floating over a green valley under three hot air balloon
 a {} on a snow covered bench under a street lamp while a fox walks past
 a vintage travel poster showing a {} surfing in front of a volcano
 """
-# The miniature's, in its captions' words. Second objects are squares and triangles, which none of its named concepts is.
+# The miniature's prompts use its captions' words. Second objects are squares and triangles: no named concept is one.
 WORLD_SIMPLE = """
 a photo of a {} on grass: style=photo place=grass
 a photo of a {} in the water: style=photo place=water
@@ -282,7 +284,7 @@ a small yellow square right of a {} with a blue flag, in the mountains: place=mo
 
 
 def prompt_lines(text: str, kind: str) -> list[Prompt]:
-    """The built-in prompts of a text, one a line or between bars; what one states stands after its colon."""
+    """Parse built-in prompts: one per line or between bars, the stated attributes after a colon."""
     prompts = []
     for line in itertools.chain.from_iterable(line.split("|") for line in text.strip().splitlines()):
         words, _, states = line.partition(":")
@@ -296,11 +298,11 @@ BUILT_IN = {
     "live": prompt_lines(LIVE_SIMPLE, "simple") + prompt_lines(LIVE_COMPLEX, "complex"),
     "world": prompt_lines(WORLD_SIMPLE, "simple") + prompt_lines(WORLD_COMPLEX, "complex"),
 }
-BUILT_IN["world-half"] = BUILT_IN["world"][::2]  # for sweeps: as many simple as complex ones
+BUILT_IN["world-half"] = BUILT_IN["world"][::2]  # for sweeps: every second prompt
 
 
 def read_prompts(name: str) -> list[Prompt]:
-    """Built-in prompts by name, or those of a file, one a line. Raises UserError."""
+    """Built-in prompts by name, or the prompts of a file, one per line. Raises UserError."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     if not os.path.exists(name):
@@ -310,7 +312,7 @@ def read_prompts(name: str) -> list[Prompt]:
         if "{}" not in line:
             raise UserError(f"--prompts {name}: the line {line!r} has no {{}} for the subject.")
         if lines.count(line) > 1:
-            raise UserError(f"--prompts {name}: the line {line!r} is there twice.")
+            raise UserError(f"--prompts {name}: the line {line!r} occurs twice.")
     return [Prompt(line) for line in lines]
 
 
@@ -321,15 +323,15 @@ def read_prompts(name: str) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Case:
-    """An embedding to evaluate: a method's for a subject.
+    """An embedding to evaluate: one method for one subject.
 
     Attributes:
-        path: what export.read_embedding reads.
+        path: input of export.read_embedding.
         instance_data_dir: folder of reference pictures.
-        class_word: stands for the subject in the text score.
+        class_word: replaces the subject in the text score.
         prompts: a name in BUILT_IN, or a file.
-        masks: folder of masks named as the reference pictures; None: the pictures as they are.
-        rescale: "mean", "min" or a norm that the embedding is rescaled to; None: as it was trained.
+        masks: folder of masks named like the reference pictures. None: whole pictures.
+        rescale: "mean", "min" or a norm to rescale the embedding to. None: the norm from training.
     """
 
     subject: str
@@ -343,7 +345,7 @@ class Case:
 
 
 def read_table(path: Path, prompts: str) -> list[Case]:
-    """The cases of a CSV or JSON file; `prompts` where a row has none. Raises UserError."""
+    """Read the cases from a CSV or JSON file. `prompts` is the default for rows without prompts. Raises UserError."""
     option, needed = f"--table {path}", ("subject", "method", "path", "instance_data_dir", "class_word")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -373,7 +375,7 @@ def read_table(path: Path, prompts: str) -> list[Case]:
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """What the options ask for, the rescaled methods behind those that they are of. Raises UserError."""
+    """The cases that the options ask for; rescaled methods come last. Raises UserError."""
     if args.table:
         cases = read_table(args.table, args.prompts)
     else:
@@ -392,17 +394,17 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def folder_name(name: str) -> str:
-    """A subject's or method's name as a folder's on any system."""
+    """Turn a subject's or method's name into a folder name that is valid on any system."""
     return re.sub(r"[^\w.+-]+", "_", name).strip(".") or "_"
 
 
 def check_cases(cases: list[Case]) -> None:
-    """Refuse twins, and methods of one subject that could not be compared. Raises UserError."""
+    """Refuse duplicates, and methods of one subject that cannot be compared. Raises UserError."""
     seen, subjects = set(), {}
     for case in cases:
         key = (folder_name(case.subject).lower(), folder_name(case.method).lower())
         if key in seen:
-            raise UserError(f"Method {case.method} of subject {case.subject} is there twice: name one otherwise.")
+            raise UserError(f"Method {case.method} of subject {case.subject} is given twice: rename one.")
         seen.add(key)
         first = subjects.setdefault(case.subject, case)
         for name in ("instance_data_dir", "class_word", "prompts", "masks"):
@@ -410,14 +412,14 @@ def check_cases(cases: list[Case]) -> None:
             if mine != others:
                 raise UserError(
                     f"Subject {case.subject}: {name} is {others} for {first.method} and {mine} for {case.method}:"
-                    " methods compare only where it is the same."
+                    " methods can be compared only if it is the same."
                 )
 
 
 def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embedding]:
-    """Each case's embedding, rescaled where asked, under a name of its own: methods share their subject's token.
+    """Read each case's embedding, rescale it if required, and give it a unique token: methods share their subject's token.
 
-    Puts the model family's defaults into `args`, as generate.py does. Raises UserError.
+    Also fills `args` with the model family's defaults, as generate.py does. Raises UserError.
     """
     model, revision = configured_as(args.pretrained_model_name_or_path, args.single_file_config), args.revision
     embeddings = [renamed(read_embedding(case.path), f"<subject-{i}>") for i, case in enumerate(cases)]
@@ -426,7 +428,7 @@ def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embeddi
     for case in cases:
         if (case.path / LORA_FILE).is_file():
             print(
-                f"Note: the LoRA weights in {case.path} are left out, the embedding alone is evaluated.",
+                f"Note: the LoRA weights in {case.path} are ignored; only the embedding is evaluated.",
                 file=sys.stderr,
             )
     seeds = args.seeds
@@ -443,9 +445,9 @@ def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embeddi
 
 
 def read_references(folder: Path, masks: Path | None = None) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The reference pictures as they are, and as they are scored: where there is a mask, black around the subject.
+    """Read the reference pictures. Returns them unchanged, and as scored: with a mask, black around the subject.
 
-    A mask belongs to the picture of the same name, endings aside, and covers the subject where it is lighter than half.
+    A mask belongs to the picture with the same name, ignoring suffixes. The subject is where the mask is lighter than half.
     Raises UserError.
     """
     files = pictures_in(folder, "--instance_data_dir")
@@ -458,7 +460,7 @@ def read_references(folder: Path, masks: Path | None = None) -> tuple[list[Image
     if len(without) == len(files):
         raise UserError(f"--masks {masks} has no mask named as a picture of {folder}, such as {files[0].stem}.png.")
     if without:
-        print(f"Note: without a mask, and scored as a whole: {', '.join(without)}", file=sys.stderr)
+        print(f"Note: no mask, so the whole picture is scored: {', '.join(without)}", file=sys.stderr)
     scored = list(pictures)
     for index, (picture, path) in enumerate(zip(pictures, found, strict=True)):
         if path is not None:
@@ -515,13 +517,13 @@ def generate_missing(jobs: list[Job], args: argparse.Namespace) -> int:
 
 
 def load_judge(option: str, name: str, kind: str):
-    """A judge's config and image processor, which are small: to be checked before anything large. Raises UserError."""
-    # The processors in Python: those on tensors need torchvision and resize a little differently.
+    """Load a judge's config and image processor, before anything large is loaded. Raises UserError."""
+    # The PIL-based processors: those on tensors need torchvision and resize slightly differently.
     python = {"use_fast": False} if int(transformers.__version__.split(".")[0]) < 5 else {"backend": "pil"}
     try:
         config = AutoConfig.from_pretrained(name)
         if kind not in config.model_type:
-            raise ValueError(f"it is a {config.model_type}, and the protocol asks for a {kind}")
+            raise ValueError(f"it is a {config.model_type}, and the protocol needs a {kind}")
         return config, AutoImageProcessor.from_pretrained(name, **python)
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{option} {name} cannot be used: {one_line(error)}") from None
@@ -530,7 +532,7 @@ def load_judge(option: str, name: str, kind: str):
 def load_weights(option: str, name: str, device: str) -> torch.nn.Module:
     try:
         model, info = AutoModel.from_pretrained(name, torch_dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # of the file, its format or the network
+    except Exception as error:  # many kinds: the file, its format or the network
         raise UserError(f"{option} {name} cannot be loaded: {one_line(error)}") from None
     if info["missing_keys"]:
         raise UserError(f"{option} {name} lacks the weights {sorted(info['missing_keys'])[0]} ...")
@@ -538,14 +540,14 @@ def load_weights(option: str, name: str, device: str) -> torch.nn.Module:
 
 
 class ImageScore:
-    """DINOv2's class features: is it the same subject?"""
+    """DINOv2's class features: does the picture show the same subject?"""
 
     def __init__(self, name: str = "facebook/dinov2-base", device: str = "cpu"):
         _, self.processor = load_judge("--dino", name, "dino")
         self.name, self.device, self.model = name, device, None
 
     def load(self) -> None:
-        """Load the weights, which `features` does too. Raises UserError."""
+        """Load the weights; `features` calls this. Raises UserError."""
         self.model = self.model or load_weights("--dino", self.name, self.device)
 
     @torch.no_grad()
@@ -566,9 +568,9 @@ def image_scores(features: torch.Tensor, references: torch.Tensor) -> torch.Tens
 
 
 class TextScore:
-    """SigLIP: does the picture fit the text?"""
+    """SigLIP: does the picture match the text?"""
 
-    LENGTH = 64  # tokens; SigLIP was trained with every text padded to this length, and reads the padding
+    LENGTH = 64  # tokens; SigLIP is trained with every text padded to this length, and reads the padding
 
     def __init__(self, name: str = "google/siglip-base-patch16-512", device: str = "cpu"):
         config, self.processor = load_judge("--siglip", name, "siglip")
@@ -577,14 +579,14 @@ class TextScore:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.tokenizer("a")
-        except Exception as error:  # what a tokenizer without its package or files raises differs by version
+        except Exception as error:  # the kind depends on the version
             raise UserError(
                 f"--siglip {name}: its tokenizer cannot be loaded ({one_line(error)}). google/siglip's needs"
                 " `pip install sentencepiece protobuf`."
             ) from None
 
     def load(self) -> None:
-        """Load the weights, which `logits` does too. Raises UserError."""
+        """Load the weights; `logits` calls this. Raises UserError."""
         self.model = self.model or load_weights("--siglip", self.name, self.device)
 
     @torch.no_grad()
@@ -610,7 +612,7 @@ class TextScore:
 def text_scores(
     score: TextScore, pictures: list[Image.Image], prompts: list[str], class_word: str
 ) -> dict[str, torch.Tensor]:
-    """`text`, the sigmoid of the logit, beside `logit` and `cosine` (N,), of pictures with prompts, {} the subject."""
+    """`text` (the sigmoid of the logit), `logit` and `cosine` (N,) of pictures with prompts; {} is the subject."""
     found = score.logits(pictures, [prompt.replace("{}", class_word) for prompt in prompts])
     return {"text": found["logit"].sigmoid(), **found}
 
@@ -618,7 +620,7 @@ def text_scores(
 def score_job(
     job: Job, references: list[Image.Image], image_score: ImageScore, text_score: TextScore, classifiers=None
 ) -> list[dict]:
-    """A record for each of the job's pictures, with the path still in `file`."""
+    """Score the job's pictures. Returns one record per picture, with its full path in `file`."""
     case, keys = job.case, list(job.paths)
     pictures = [open_picture(job.paths[key]) for key in keys]
     images = image_scores(image_score.features(pictures), image_score.features(references))
@@ -649,7 +651,7 @@ def miniature(name: str):
 
 
 def load_classifiers(folder: Path, device: str):
-    """The miniature's classifiers, whose `read` gives the labels of PIL pictures. Raises UserError."""
+    """Load the miniature's classifiers. Their `read` returns the labels of PIL pictures. Raises UserError."""
     try:
         return miniature("judges").load_classifiers(folder).to(device)
     except Exception as error:  # damaged, or of another world
@@ -657,7 +659,7 @@ def load_classifiers(folder: Path, device: str):
 
 
 def subject_attributes(subject: str) -> dict[str, str]:
-    """How the world's concept of this name looks; nothing for any other subject."""
+    """The attributes of the world's concept with this name; empty for any other subject."""
     world = miniature("world")
     composed = re.fullmatch(r"composed_(\d+)", subject)
     concept = world.compose_concept(int(composed[1])) if composed else world.CONCEPTS.get(subject)
@@ -668,9 +670,9 @@ def subject_attributes(subject: str) -> dict[str, str]:
 
 
 def read_attributes(labels: dict[str, str] | None, stated: dict[str, str], subject: dict[str, str]) -> dict:
-    """What of the prompt and of the subject a picture shows: `right` by attribute, and the shares `said` and `kept`.
+    """Compare a picture's labels with the prompt and the subject: `right` by attribute, and the shares `said` and `kept`.
 
-    The second object's shape and colour are also judged together, as "second object": either alone is no object.
+    "second object" requires both its shape and its colour to be right.
     """
     if labels is None:
         return {}
@@ -710,7 +712,7 @@ def student_t(freedom: int, level: float = 0.95) -> float:
 
 
 def interval(values: Iterable[float]) -> dict:
-    """Mean of independent values, and its 95% interval by Student's t: `mean`, `low`, `high`, `n`. One value has none."""
+    """Mean of independent values and its 95% Student-t interval: `mean`, `low`, `high`, `n`. One value has no interval."""
     values = np.asarray(list(values), dtype=np.float64)
     if not len(values):
         raise ValueError("no values")
@@ -722,7 +724,7 @@ def interval(values: Iterable[float]) -> dict:
 
 
 def averages(records: Iterable[dict], measure: str, *keys: str) -> dict[tuple, float]:
-    """The measure's mean over all records that share `keys`; records that lack it are passed over."""
+    """The mean of a measure over all records with the same `keys`. Records without the measure are skipped."""
     groups = {}
     for record in records:
         if measure in record:
@@ -733,8 +735,8 @@ def averages(records: Iterable[dict], measure: str, *keys: str) -> dict[tuple, f
 def statistics(records: list[dict]) -> dict:
     """All tables: `subjects`, `methods`, `kinds`, `differences` (paired) and `attributes`, each a list of rows.
 
-    The unit of an interval is the subject, and where there is but one, the prompt (mean over its seeds): several
-    pictures of one prompt, or prompts of one subject, are not independent.
+    Intervals are over subjects, or over prompts (averaged over seeds) if there is only one subject: pictures of one
+    prompt, or prompts of one subject, are not independent.
     """
     methods = list(dict.fromkeys(r["method"] for r in records))
     unit = "subject" if len({r["subject"] for r in records}) > 1 else "prompt"
@@ -772,13 +774,13 @@ def statistics(records: list[dict]) -> dict:
 
 
 def summary(records: list[dict], unit: str, measures: list[str]) -> dict[str, dict]:
-    """Each measure's interval over the units."""
+    """The interval of each measure over the units."""
     means = {m: averages(records, m, unit) for m in measures}
     return {m: interval(values.values()) for m, values in means.items() if values}
 
 
 def share(records: list[dict], attribute: str) -> dict:
-    """How often an attribute is right, of how many pictures that can show it."""
+    """The share of pictures where an attribute is right, and the number of pictures that it applies to."""
     hits = [r["right"][attribute] for r in records if attribute in r.get("right", {})]
     return {"mean": float(np.mean(hits)) if hits else None, "n": len(hits)}
 
@@ -797,7 +799,7 @@ def cell(value: dict | None, sign: str = "") -> str:
 
 
 def to_markdown(report: dict) -> str:
-    """The report for readers."""
+    """The report as Markdown."""
     tables, settings = report["tables"], report["settings"]
     measures = tables["measures"]
     names = [MEASURES[m] for m in measures]
@@ -837,7 +839,7 @@ def to_markdown(report: dict) -> str:
 
 
 def thumbnail(picture: Image.Image, side: int = 192) -> Image.Image:
-    """The picture within a white square, enlarged by whole pixels where it is small."""
+    """Fit the picture into a white square. A small picture is enlarged without smoothing."""
     small = max(picture.size) < side
     image = ImageOps.contain(picture, (side, side), Image.NEAREST if small else Image.LANCZOS)
     square = Image.new("RGB", (side, side), "white")
@@ -868,7 +870,7 @@ def draw_sheets(records: list[dict], references: dict[str, list[Image.Image]], f
 
 
 def draw_scatter(tables: dict) -> bytes:
-    """Image against text score as PNG: subjects faint, each method's mean with its interval."""
+    """Plot image against text score as PNG: faint points for subjects, each method's mean with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -893,7 +895,7 @@ def draw_scatter(tables: dict) -> bytes:
     axes.set_ylabel("image score (DINOv2)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(tables["methods"]) > 6:  # too many to lie beside the points
+    if len(tables["methods"]) > 6:  # too many to fit beside the points
         figure.set_figwidth(9)
         figure.legend(frameon=False, loc="outside right upper", fontsize=9)
     else:
@@ -905,7 +907,7 @@ def draw_scatter(tables: dict) -> bytes:
 
 
 def save_references(references: dict[str, list[Image.Image]], folder: Path) -> dict[str, list[str]]:
-    """Copies within 512 pixels, so that the folder can be moved as a whole. Returns their paths, relative to it."""
+    """Save copies of at most 512 pixels, so that the output folder is self-contained. Returns their paths within it."""
     paths = {}
     for subject, pictures in references.items():
         for number, picture in enumerate(pictures):
@@ -943,16 +945,16 @@ def evaluate(cases: list[Case], args: argparse.Namespace) -> dict:
     """Make and score the pictures of all cases, write everything to args.output_dir, and return the report.
 
     Args:
-        cases: checked, as by `cases_of`.
-        args: as `parse_args` returns them.
+        cases: checked cases, as from `cases_of`.
+        args: the result of `parse_args`.
 
     Returns:
-        What evaluation.json holds: `settings`, `subjects`, `records` (a dict a picture), `tables`, `sheets`.
+        The content of evaluation.json: `settings`, `subjects`, `records` (one dict per picture), `tables`, `sheets`.
 
     Raises:
-        UserError: for anything unusable, before the pipeline is loaded.
+        UserError: for unusable input, before the pipeline loads.
     """
-    # Whatever can be wrong is read first: the small files, then the judges, and the pipeline last.
+    # Small files are read first, then the judges, the pipeline last: errors appear early.
     subjects = {case.subject: case for case in reversed(cases)}
     subjects = {case.subject: subjects[case.subject] for case in cases}
     for case in cases:
@@ -967,7 +969,7 @@ def evaluate(cases: list[Case], args: argparse.Namespace) -> dict:
     total = sum(len(job.paths) for job in jobs)
     print(f"{len(subjects)} subjects, {len(jobs)} embeddings, {total} pictures", flush=True)
     count = generate_missing(jobs, args)
-    print(f"{count} pictures made, {total - count} were there. Scoring ...", flush=True)
+    print(f"{count} pictures made, {total - count} kept. Scoring ...", flush=True)
 
     records = []
     for job in jobs:
@@ -1000,7 +1002,7 @@ REPORTED = (
 def main(argv: list[str] | None = None) -> dict:
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*torch_dtype")  # the one name that all supported versions know
+    warnings.filterwarnings("ignore", message=".*torch_dtype")  # the only name that all supported versions accept
     args = parse_args(argv)
     report = evaluate(cases_of(args), args)
     measures = report["tables"]["measures"]

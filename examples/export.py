@@ -4,23 +4,23 @@
     python examples/export.py out/my-dog --output_dir for-the-web-ui --format web a1111
     python examples/export.py downloads/my-dog.pt --output_dir out/my-dog --format diffusers --token "<my-dog>"
 
-The input is a run's output folder or one file; of SDXL's pair either file will do, its partner beside it is found. Formats:
+The input is a run's output folder or one file. For SDXL's pair, give either file: the other one is found beside it. Formats:
 
-    diffusers  learned_embeds.safetensors, SDXL: and learned_embeds_2.safetensors, for `pipe.load_textual_inversion`
+    diffusers  learned_embeds.safetensors, for SDXL also learned_embeds_2.safetensors, for `pipe.load_textual_inversion`
                LoRA: pytorch_lora_weights.safetensors, for `pipe.load_lora_weights`
     web        <token>.safetensors: SDXL clip_l and clip_g, Stable Diffusion 1 and 2 emb_params (ComfyUI, AUTOMATIC1111, Forge,
                InvokeAI); SANA gemma (OneTrainer)
                LoRA: <token>-lora.safetensors, in kohya's naming (the same tools)
-    a1111      <token>.pt: SDXL a pickled clip_l and clip_g; the others string_to_param, as the web UI's older models have it
-               LoRA: as for web
-    bin        learned_embeds.bin, SDXL: and learned_embeds_2.bin, as old versions of diffusers wrote them; no LoRA
+    a1111      <token>.pt: SDXL a pickled clip_l and clip_g; the others string_to_param, the web UI's older format
+               LoRA: as in web
+    bin        learned_embeds.bin, for SDXL also learned_embeds_2.bin, the format of old versions of diffusers; no LoRA
     bundle     <token>-bundle.safetensors, embedding and LoRA in one file (AUTOMATIC1111, SD.Next); not for SANA
 
-All are read as well. Vectors are float32 and pass through every format to the bit; a safetensors file's metadata is kept.
-Pickles are read with `weights_only`, so that a file from a stranger cannot run code. A file that is there already and
-holds other vectors is not overwritten without --overwrite.
+All formats can be read too. Vectors are float32, and every format keeps them bit-identical; safetensors files keep their
+metadata. Pickles are read with `weights_only`, so a downloaded file cannot run code. An existing file with other vectors is
+not overwritten without --overwrite.
 
-A web file may not say its token, for its name is the trigger there: `my-dog.safetensors` is then read as "<my-dog>".
+The web tools use a file's name as the word, so a web file may have no token: `my-dog.safetensors` is read as "<my-dog>".
 """
 
 import argparse
@@ -51,9 +51,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 FORMATS = ("diffusers", "web", "a1111", "bin")  # of an embedding alone
 SUFFIXES = (".safetensors", ".pt", ".bin")
 SD_WIDTHS = (768, 1024)  # of Stable Diffusion 1 and 2; SANA's vectors have 2304 numbers
-# Windows opens a device where a file is called so, whatever its suffix.
+# Windows opens a device instead of a file with this name, whatever its suffix.
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
-# Names of the web tools' file that a tool cannot use as a word, and what it does then.
+# Names of the web file that a tool cannot use as a word, and what the tool does.
 NAME_LIMITS = (
     (r"[^a-zA-Z0-9., _-]", "InvokeAI finds only words of a-z, A-Z, 0-9, '.', '_' and '-', so it ignores <{name}>"),
     (r"\b(BREAK|AND)\b", "AUTOMATIC1111 and Forge read {found} as a command, so they ignore {name}"),
@@ -67,10 +67,10 @@ NAME_LIMITS = (
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The scripts show it as one line, with no traceback."""
+    """An error in the user's input. The scripts show it as one line without a traceback."""
 
     def __str__(self) -> str:
-        # File names may hold line breaks, terminal controls and bytes that are no text: they are shown escaped.
+        # File names may contain line breaks, control characters and invalid bytes: they are shown escaped.
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
@@ -84,8 +84,8 @@ class Embedding:
 
     Attributes:
         token: the word in prompts, such as "<my-dog>".
-        vectors: (n, d) float32 by text encoder: SDXL "text_encoder" and "text_encoder_2", the others "text_encoder" alone.
-        metadata: what the safetensors file's header says, such as "dti.base_model".
+        vectors: (n, d) float32 by text encoder: SDXL "text_encoder" and "text_encoder_2", the others only "text_encoder".
+        metadata: the metadata in the safetensors file's header, such as "dti.base_model".
     """
 
     token: str
@@ -94,7 +94,7 @@ class Embedding:
 
     @property
     def family(self) -> str:
-        """ "sdxl", "sana" or "sd", by the text encoders, then by metadata and width: a small model's are narrower."""
+        """ "sdxl", "sana" or "sd", by the text encoders, then by metadata (which small models need), then by width."""
         if "text_encoder_2" in self.vectors:
             return "sdxl"
         said = self.metadata.get("modelspec.architecture", "").startswith("stable-diffusion-v")
@@ -110,11 +110,11 @@ class Lora:
     """LoRA weights.
 
     Attributes:
-        kohya: tensors in kohya's naming, which all tools but diffusers want: for each layer down (r, in), up (out, r) and
-            alpha (). What the layer adds is multiplied by alpha / r.
-        diffusers: the same in diffusers' naming, whose alpha stands in the metadata; None where the file had it not.
-        token: the word that was learned beside them, where that is known.
-        metadata: what the safetensors file's header says.
+        kohya: tensors in kohya's naming, which all tools except diffusers read: for each layer down (r, in), up (out, r)
+            and alpha (). The layer's output is multiplied by alpha / r.
+        diffusers: the same in diffusers' naming, with alpha in the metadata; None if the file does not have this naming.
+        token: the word that was learned with them, if it is known.
+        metadata: the metadata in the safetensors file's header.
     """
 
     kohya: dict[str, torch.Tensor]
@@ -134,7 +134,7 @@ class Lora:
 
     @property
     def text_width(self) -> int | None:
-        """The width of the text embeddings that the layers see, where one of them does."""
+        """The width of the text embeddings that the layers take as input; None if no layer does."""
         widths = (x.shape[1] for key, x in self.kohya.items() if re.search(r"_attn2_to_[kv]\.lora_down\.weight$", key))
         return next(widths, None)
 
@@ -146,16 +146,16 @@ class Lora:
 
     @property
     def alphas(self) -> list[float]:
-        """The layers' alphas, each once."""
+        """The layers' distinct alphas."""
         layers = self.layers.items()
         return sorted({float(self.kohya.get(f"{layer}.alpha", rank)) for layer, rank in layers})
 
 
 def web_name(token: str) -> str:
-    """The token as a file name on any system, for the web tools take the file's name for the word.
+    """The token as a file name that is valid on any system. The web tools use the file's name as the word.
 
-    It is the token without its angle brackets. Where a file cannot be called so, a few digits of its hash follow: two
-    tokens have one name only where they are one word to those tools.
+    It is the token without its angle brackets. If this is not a valid name, a few digits of the token's hash follow, so
+    that two different words never get the same name.
     """
     bare = token[1:-1] if token.startswith("<") and token.endswith(">") else token
     name = re.sub(r"[^\w.+-]+", "", bare).strip(".")
@@ -165,14 +165,14 @@ def web_name(token: str) -> str:
 
 
 def plain_token(text: str) -> str:
-    """A token after `text` that every tool takes."""
+    """A token made from `text` that every tool accepts."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-").removeprefix("my-")
     return f"<my-{words or 'word'}>"
 
 
 def name_notes(token: str, family: str) -> list[str]:
-    """One line for each tool that reads the token's files and cannot take the token, with a better one proposed."""
+    """One line for each tool that reads the token's files but cannot use the token, with a better token."""
     name, notes = web_name(token), []
     if token not in (name, f"<{name}>"):
         notes.append(f"no file can have this name on every system, so the web tools' word is {name}")
@@ -183,7 +183,7 @@ def name_notes(token: str, family: str) -> list[str]:
 
 
 def check_token(token: str, said: str = "--token") -> str:
-    """The token, if a prompt and a file's name can hold it. Raises EmbeddingError."""
+    """Return the token if a prompt and a file name can contain it. Raises EmbeddingError."""
     if not token or re.search(r"[\s\ud800-\udfff]", token):
         raise EmbeddingError(f'{said} {token!r} is not a word without spaces: give one such as "<my-dog>".')
     taken = (*FILES, Path(LORA_FILE).stem)
@@ -193,7 +193,7 @@ def check_token(token: str, said: str = "--token") -> str:
 
 
 def usage_hint(token: str, family: str) -> str:
-    """How to write the token, in the words of modelspec's `usage_hint`."""
+    """How to write the token: modelspec's `usage_hint`."""
     if family == "sana":
         return f"Write {token} in the prompt."
     name = web_name(token)
@@ -201,7 +201,7 @@ def usage_hint(token: str, family: str) -> str:
 
 
 def renamed_metadata(metadata: dict[str, str], old: str | None, new: str, family: str) -> dict[str, str]:
-    """The metadata under another word. What does not name the old one stays."""
+    """The metadata under another word. Entries that do not contain the old word are unchanged."""
     metadata = dict(metadata)
     if old is not None and metadata.get("modelspec.title", "").startswith(web_name(old)):
         metadata["modelspec.title"] = web_name(new) + metadata["modelspec.title"][len(web_name(old)) :]
@@ -217,13 +217,13 @@ def renamed_metadata(metadata: dict[str, str], old: str | None, new: str, family
 
 
 def renamed(embedding: Embedding, token: str) -> Embedding:
-    """The same vectors under another word, which the metadata tells too."""
+    """The same vectors under another word, in the metadata too."""
     metadata = renamed_metadata(embedding.metadata, embedding.token, check_token(token), embedding.family)
     return replace(embedding, token=token, metadata=metadata)
 
 
 def changed(embedding: Embedding, vectors: dict[str, torch.Tensor], **metadata: str) -> Embedding:
-    """Other vectors under the same word, with more metadata; a picture of the old ones is left out."""
+    """Other vectors under the same word, with more metadata, without the old vectors' thumbnail."""
     kept = {key: value for key, value in embedding.metadata.items() if key != "modelspec.thumbnail"}
     return replace(embedding, vectors=vectors, metadata={**kept, **metadata})
 
@@ -234,29 +234,29 @@ def changed(embedding: Embedding, vectors: dict[str, torch.Tensor], **metadata: 
 
 
 def read_state(path: Path) -> tuple[dict, dict[str, str]]:
-    """What a file holds, as it stands, and its metadata. Raises EmbeddingError."""
-    if not os.path.isfile(path):  # reading a pipe would wait for ever
+    """A file's content, unchanged, and its metadata. Raises EmbeddingError."""
+    if not os.path.isfile(path):  # reading a pipe would never end
         problem = "is not a file" if os.path.exists(path) else "does not exist"
         raise EmbeddingError(f"{path} {problem}: give a run's output folder, or an embedding's file.")
     if path.suffix.lower() not in SUFFIXES:
-        raise EmbeddingError(f"{path} is none of {', '.join(SUFFIXES)}: give an embedding's file.")
+        raise EmbeddingError(f"{path} is not one of {', '.join(SUFFIXES)}: give an embedding's file.")
     try:
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-        # Files of 2022 keep their parameters in a ParameterDict, which is as harmless as a dict.
+        # Files of 2022 keep their parameters in a ParameterDict, which is as safe as a dict.
         torch.serialization.add_safe_globals([torch.nn.ParameterDict])
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise EmbeddingError(f"{path} cannot be read as an embedding: {reason}") from None
     if not isinstance(state, dict):
-        raise EmbeddingError(f"{path} holds a {type(state).__name__} and no embedding.")
+        raise EmbeddingError(f"{path} holds a {type(state).__name__}, not an embedding.")
     return state, {}
 
 
 def parse_state(state: dict, metadata: dict[str, str], path: Path) -> tuple[str | None, list]:
-    """The token, where the file says it, and one matrix for each text encoder that the file is about."""
+    """The token, if the file has it, and one matrix for each text encoder in the file. Raises EmbeddingError."""
     if isinstance(state.get("string_to_param"), (dict, torch.nn.ParameterDict)):  # AUTOMATIC1111
         token, step = state.get("name"), state.get("step")
         if isinstance(step, int):
@@ -272,7 +272,7 @@ def parse_state(state: dict, metadata: dict[str, str], path: Path) -> tuple[str 
         if set(state) == set(keys):
             return metadata.get("modelspec.trigger_phrase", word), [state[key] for key in keys]
     if holds_lora(state):
-        raise EmbeddingError(f"{path} holds LoRA weights and no embedding: give the folder or file of the embedding.")
+        raise EmbeddingError(f"{path} holds LoRA weights, not an embedding: give the folder or file of the embedding.")
     if len(state) == 1 and isinstance(next(iter(state)), str):  # diffusers
         return next(iter(state)), list(state.values())
     wanted = "clip_l and clip_g, gemma, emb_params, string_to_param, or exactly one"
@@ -281,12 +281,12 @@ def parse_state(state: dict, metadata: dict[str, str], path: Path) -> tuple[str 
 
 
 def holds_lora(keys: Iterable) -> bool:
-    """Whether a file with these keys holds LoRA weights, in whatever naming."""
+    """Whether a file with these keys holds LoRA weights, in any naming."""
     return any(isinstance(key, str) and re.search(r"(^|[._])lora[._].*\.", key) for key in keys)
 
 
 def unbundled(state: dict, path: Path) -> tuple[dict, str | None]:
-    """The embedding in a bundle, `bundle_emb.NAME.KEY`, by KEY, and its word; any other state as it is, and None."""
+    """The embedding in a bundle (keys `bundle_emb.NAME.KEY`) by KEY, and its word. Other states are unchanged, with None."""
     bundle = [key.split(".", 2) for key in state if isinstance(key, str) and key.startswith("bundle_emb.")]
     names = {parts[1] for parts in bundle}
     if not bundle:
@@ -298,7 +298,7 @@ def unbundled(state: dict, path: Path) -> tuple[dict, str | None]:
 
 
 def embedding_metadata(bundle: dict[str, str]) -> dict[str, str]:
-    """Of a bundle's metadata, which are about its LoRA weights, what holds for its embedding too."""
+    """The part of a bundle's metadata that applies to its embedding too: they describe its LoRA weights."""
     common = ("modelspec.trigger_phrase", "modelspec.author", "modelspec.date", "modelspec.thumbnail")
     kept = {key: x for key, x in bundle.items() if key in common or key.startswith("dti.")}
     if model := bundle.get("modelspec.architecture", "").removesuffix("/lora"):
@@ -307,13 +307,13 @@ def embedding_metadata(bundle: dict[str, str]) -> dict[str, str]:
 
 
 def word_of(name: str) -> str:
-    """The token of a file that does not say it, by the file's name."""
+    """The token of a file without one, from the file's name."""
     word = re.sub(r"[^\w.+-]+", "-", name).strip(".-")
     return f"<{word or 'word'}>"
 
 
 def pair_of(path: Path) -> tuple[Path, Path] | None:
-    """Both files of SDXL's pair, by the name of one of them: `learned_embeds_2-steps-500.safetensors` and so on."""
+    """Both files of SDXL's pair from the name of one, such as `learned_embeds_2-steps-500.safetensors`. None: no pair."""
     match = re.match(r"learned_embeds(_2)?(?=[-.])", path.name)
     if match is None:
         return None
@@ -322,9 +322,9 @@ def pair_of(path: Path) -> tuple[Path, Path] | None:
 
 
 def as_rows(matrix: object, path: Path) -> torch.Tensor:
-    """A matrix (n, d) in float32, which holds every half-precision number exactly. Raises EmbeddingError."""
+    """A matrix (n, d) in float32, which represents every half-precision number exactly. Raises EmbeddingError."""
     if not isinstance(matrix, torch.Tensor) or not matrix.is_floating_point() or matrix.ndim not in (1, 2):
-        raise EmbeddingError(f"{path} holds something else than rows of floating-point numbers.")
+        raise EmbeddingError(f"{path} does not hold rows of floating-point numbers.")
     rows = torch.atleast_2d(matrix.detach()).float().contiguous()
     if not rows.numel() or not rows.isfinite().all() or not rows.norm(dim=-1).all():
         raise EmbeddingError(f"{path} has no vectors, or vectors of zeros, NaN or infinity: it is damaged.")
@@ -332,7 +332,7 @@ def as_rows(matrix: object, path: Path) -> torch.Tensor:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The folder's files of our suffixes, by name. Raises EmbeddingError."""
+    """The folder's files with a suffix in SUFFIXES, sorted by name. Raises EmbeddingError."""
     try:
         return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
     except OSError as error:
@@ -340,7 +340,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def keys_of(path: Path) -> list[str]:
-    """The keys of a safetensors file, without its tensors; none of another file or a damaged one."""
+    """The keys of a safetensors file, without loading its tensors. Empty for any other or damaged file."""
     if path.suffix.lower() != ".safetensors" or not os.path.isfile(path):
         return []
     try:
@@ -351,7 +351,7 @@ def keys_of(path: Path) -> list[str]:
 
 
 def find_file(folder: Path) -> Path:
-    """The embedding's file in a folder: diffusers' name, or else the only one there. Raises EmbeddingError."""
+    """The embedding's file in a folder: diffusers' name, or the only candidate. Raises EmbeddingError."""
     for suffix in SUFFIXES:
         if os.path.isfile(folder / f"{FILES[0]}{suffix}"):
             return folder / f"{FILES[0]}{suffix}"
@@ -369,7 +369,7 @@ def read_embedding(path: Path) -> Embedding:
     """Read a learned token from a run's output folder, or from a file in any of the formats.
 
     Raises:
-        EmbeddingError: where there is none, where half of a pair is missing, or where it is damaged.
+        EmbeddingError: if there is none, half of a pair is missing, or the file is damaged.
     """
     path = Path(path)
     path = find_file(path) if os.path.isdir(path) else path
@@ -385,7 +385,9 @@ def read_embedding(path: Path) -> Embedding:
         if os.path.isfile(pair[1]):
             second_token, second = parse_state(read_state(pair[1])[0], {}, pair[1])
             if second_token != token:
-                raise EmbeddingError(f"{path} has {token!r} and {pair[1].name} has {second_token!r}: no pair.")
+                raise EmbeddingError(
+                    f"{path} has {token!r} and {pair[1].name} has {second_token!r}: they are not a pair."
+                )
             matrices += second
         elif architecture.startswith(ARCHITECTURES["sdxl"]):
             raise EmbeddingError(f"{path} is half of a pair: put {pair[1].name} beside it.")
@@ -409,7 +411,7 @@ def read_embedding(path: Path) -> Embedding:
 
 
 def told_alpha(module: str, rank: int, config: dict) -> float:
-    """A layer's alpha by PEFT's configuration, which diffusers keeps in the header; the rank, as diffusers has it, without."""
+    """A layer's alpha from PEFT's configuration in the header; without one the rank, as in diffusers."""
     part, layer = module.split(".", 1)
     alpha = config.get(f"{part}.lora_alpha", rank)
     for pattern, other in (config.get(f"{part}.alpha_pattern") or {}).items():
@@ -420,14 +422,14 @@ def told_alpha(module: str, rank: int, config: dict) -> float:
 
 
 def to_kohya(state: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """LoRA weights in diffusers' naming, `unet.down_blocks.1.[...].lora_A.weight`, in kohya's.
+    """Rename LoRA weights from diffusers' naming, `unet.down_blocks.1.[...].lora_A.weight`, to kohya's.
 
-    That is `lora_unet_down_blocks_1_[...].lora_down.weight` and `.lora_up.weight`, with an `.alpha` for each layer, which
-    the tools multiply by and divide by the rank. diffusers' convert_state_dict_to_kohya writes the rank for alpha.
+    That is `lora_unet_down_blocks_1_[...].lora_down.weight` and `.lora_up.weight`, with an `.alpha` for each layer: the
+    tools scale by alpha / rank. (diffusers' convert_state_dict_to_kohya always writes the rank as alpha.)
     """
     cross = [x for key, x in state.items() if re.search(r"attn2\.to_[kv]\.lora_A", key)]
     only = bool(cross) and cross[0].shape[1] in SD_WIDTHS  # one text encoder
-    prefixes = {"unet": "lora_unet", "transformer": "lora_unet"}  # whatever the denoiser is
+    prefixes = {"unet": "lora_unet", "transformer": "lora_unet"}  # for any denoiser
     prefixes |= {"text_encoder": "lora_te" if only else "lora_te1", "text_encoder_2": "lora_te2"}
     kohya = {}
     for key, x in state.items():
@@ -441,7 +443,7 @@ def to_kohya(state: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Te
 
 
 def read_lora(path: Path) -> Lora:
-    """Read LoRA weights in diffusers' or kohya's naming, also out of a bundle. Raises EmbeddingError."""
+    """Read LoRA weights in diffusers' or kohya's naming, also from a bundle. Raises EmbeddingError."""
     state, metadata = read_state(path)
     _, word = unbundled(state, path)
     state = {key: x for key, x in state.items() if not str(key).startswith("bundle_emb.")}
@@ -452,7 +454,7 @@ def read_lora(path: Path) -> Lora:
     foreign = {key for key in state if not re.match(r"lora_(unet|te|te1|te2)_[^.]+\.", key)}
     if odd and foreign:
         raise EmbeddingError(
-            f"{path} holds LoRA weights in a naming that is not read here, such as {min(odd & foreign or odd)}: "
+            f"{path} holds LoRA weights in an unknown naming, such as {min(odd & foreign or odd)}: "
             "load it with diffusers and save it by save_lora_weights."
         )
     if odd:
@@ -475,18 +477,18 @@ def check_lora(lora: Lora, path: Path) -> None:
         if up is None or up.ndim < 2 or up.shape[1] != rank or not (down.isfinite().all() and up.isfinite().all()):
             raise EmbeddingError(f"{path} is damaged: {name} lacks a matrix, or has one that is not finite.")
     if not lora.layers:
-        raise EmbeddingError(f"{path} holds adapters of another kind than LoRA.")
+        raise EmbeddingError(f"{path} holds adapters of another kind, not LoRA.")
 
 
 def find_lora(folder: Path) -> Path | None:
-    """The LoRA weights' file in a folder: diffusers' name, or else the first that holds some."""
+    """The LoRA weights' file in a folder: diffusers' name, or the first file with LoRA weights."""
     if os.path.isfile(folder / LORA_FILE):
         return folder / LORA_FILE
     return next((path for path in list_files(folder) if holds_lora(keys_of(path))), None)
 
 
 def read_both(path: Path) -> tuple[Embedding | None, Lora | None]:
-    """The embedding and the LoRA weights of a folder or a file, as far as it has them. Raises EmbeddingError."""
+    """The embedding and the LoRA weights of a folder or file; None for what it does not have. Raises EmbeddingError."""
     file = find_lora(path) if os.path.isdir(path) else path
     keys = keys_of(file) if file else []
     if not holds_lora(keys):
@@ -504,7 +506,7 @@ def read_both(path: Path) -> tuple[Embedding | None, Lora | None]:
 
 
 def header(embedding: Embedding) -> dict[str, str]:
-    """The metadata of the token's files by the modelspec standard: what was read, and what it lacks."""
+    """The metadata of the token's files by the modelspec standard: what was read, plus missing entries."""
     token, family = embedding.token, embedding.family
     architecture = ARCHITECTURES[family]
     if family == "sd" and embedding.vectors["text_encoder"].shape[-1] == 1024:
@@ -523,7 +525,7 @@ def header(embedding: Embedding) -> dict[str, str]:
 
 
 def lora_header(lora: Lora, name: str) -> dict[str, str]:
-    """The same of LoRA weights in diffusers' naming, in files of this `name`."""
+    """The metadata of LoRA weights in diffusers' naming, in files with this `name`."""
     architecture = "stable-diffusion-v2-512" if lora.text_width == 1024 else ARCHITECTURES[lora.family]
     told = {
         "format": "pt",
@@ -541,13 +543,13 @@ def lora_header(lora: Lora, name: str) -> dict[str, str]:
 
 
 def kohya_header(lora: Lora, name: str) -> dict[str, str]:
-    """The same in kohya's naming, with what AUTOMATIC1111 and kohya's tools look for."""
-    # diffusers refuses a file that has alphas and this.
+    """The metadata of LoRA weights in kohya's naming, with the entries that AUTOMATIC1111 and kohya's tools need."""
+    # diffusers refuses a file with both alphas and this entry.
     told = {key: value for key, value in lora_header(lora, name).items() if key != "lora_adapter_metadata"}
     if lora.family == "sana":
         return told
     ranks, alphas = sorted(set(lora.layers.values())), lora.alphas
-    # Without the base model's version AUTOMATIC1111 takes the file for Stable Diffusion 1's and hides it from SDXL.
+    # Without the base model's version, AUTOMATIC1111 assumes Stable Diffusion 1 and hides the file from SDXL.
     version = "sdxl_base_v1-0" if lora.family == "sdxl" else "sd_v2" if lora.text_width == 1024 else "sd_v1"
     network = {
         "ss_base_model_version": version,
@@ -560,18 +562,18 @@ def kohya_header(lora: Lora, name: str) -> dict[str, str]:
 
 
 def states(embedding: Embedding, formats: Iterable[str]) -> dict[str, dict]:
-    """What each file of the formats holds, by its name."""
+    """The content of each file of the formats, by file name. Raises EmbeddingError for an unknown format."""
     rows = [embedding.vectors[name].detach().cpu().float().contiguous() for name in ENCODERS[embedding.family]]
     web = dict(zip(WEB_KEYS[embedding.family], rows, strict=True))
     name, files = web_name(embedding.token), {}
     for form in formats:
         if form in ("diffusers", "bin"):
             suffix = ".safetensors" if form == "diffusers" else ".bin"
-            pairs = zip(FILES, rows, strict=False)  # only SDXL's has two files
+            pairs = zip(FILES, rows, strict=False)  # only SDXL has two files
             files |= {f"{file}{suffix}": {embedding.token: matrix} for file, matrix in pairs}
         elif form == "web":
             files[f"{name}.safetensors"] = web
-        elif form == "a1111" and embedding.family == "sdxl":  # it looks for clip_l and clip_g, and for nothing beside
+        elif form == "a1111" and embedding.family == "sdxl":  # it expects exactly clip_l and clip_g
             files[f"{name}.pt"] = web
         elif form == "a1111":
             steps = embedding.metadata.get("dti.steps", "")
@@ -584,19 +586,19 @@ def states(embedding: Embedding, formats: Iterable[str]) -> dict[str, dict]:
                 "sd_checkpoint_name": embedding.metadata.get("dti.base_model"),
             }
         else:
-            raise EmbeddingError(f"{form!r} is no format: choose of {', '.join(FORMATS)}.")
+            raise EmbeddingError(f"{form!r} is not a format: choose from {', '.join(FORMATS)}.")
     return files
 
 
 def tensors_of(state: dict) -> dict[str, torch.Tensor]:
-    """The tensors of a state by name, whether they lie in string_to_param or not."""
+    """The tensors of a state by name, including those in string_to_param."""
     inner = state.get("string_to_param")
     inner = {**state, **inner} if isinstance(inner, (dict, torch.nn.ParameterDict)) else state
     return {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
 
 
 def holds(path: Path, state: dict, metadata: dict[str, str]) -> bool:
-    """Whether the file has exactly the tensors of `state`, and LoRA's alpha where it stands in the metadata."""
+    """Whether the file has exactly the tensors of `state`, and the same LoRA alphas in its metadata."""
     try:
         content, told = read_state(path)
         found, wanted = tensors_of(content), tensors_of(state)
@@ -607,7 +609,7 @@ def holds(path: Path, state: dict, metadata: dict[str, str]) -> bool:
 
 
 def write_files(contents: dict[Path, bytes]) -> None:
-    """Write all under temporary names, then rename: a kill or a full disk leaves the old files or new ones. Raises UserError."""
+    """Write all files under temporary names, then rename them: an interruption never leaves partial files. Raises UserError."""
     temporary = {path: path.with_name(f".{path.name}.tmp") for path in contents}
     try:
         for path, content in contents.items():
@@ -619,11 +621,11 @@ def write_files(contents: dict[Path, bytes]) -> None:
         for file in temporary.values():
             with contextlib.suppress(OSError):
                 file.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}. What was there before is as it was.") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}. Existing files are unchanged.") from None
 
 
 def check_output_dir(folder: Path) -> None:
-    """Make the folder, and try that it can be written to: better now than after the work. Raises UserError."""
+    """Make the folder and check that it is writable, before the work starts. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -636,7 +638,7 @@ def check_output_dir(folder: Path) -> None:
 
 
 def to_bytes(name: str, state: dict, metadata: dict[str, str]) -> bytes:
-    """The file's content; a safetensors file's metadata get modelspec's hash of all that follows them."""
+    """The file's bytes. A safetensors file gets modelspec's hash of its tensors in the metadata."""
     if not name.endswith(".safetensors"):
         torch.save(state, buffer := io.BytesIO())
         return buffer.getvalue()
@@ -646,26 +648,28 @@ def to_bytes(name: str, state: dict, metadata: dict[str, str]) -> bytes:
 
 
 def write_states(files: dict[Path, tuple[dict, dict[str, str]]], overwrite: bool = False) -> None:
-    """Write each file's tensors and metadata. A file that holds these tensors already is left as it is.
+    """Write each file's tensors and metadata. A file that already holds these tensors is not changed.
 
     Raises:
-        EmbeddingError: before anything is written, where a file holds something else, unless `overwrite`.
-        UserError: where the folder cannot be written to.
+        EmbeddingError: before anything is written, if an existing file has other tensors, unless `overwrite`.
+        UserError: if the folder is not writable.
     """
     new = {path: content for path, content in files.items() if not holds(path, *content)}
     taken = [path for path in new if os.path.lexists(path)]
     if taken and not overwrite:
-        raise EmbeddingError(f"{taken[0]} is there and holds something else: choose another folder, or --overwrite.")
+        raise EmbeddingError(f"{taken[0]} exists with other content: choose another folder, or add --overwrite.")
     write_files({path: to_bytes(path.name, *content) for path, content in new.items()})
 
 
 def embedding_files(
     embedding: Embedding, folder: Path, formats: Iterable[str]
 ) -> dict[Path, tuple[dict, dict[str, str]]]:
-    """Tensors and metadata of the token's files. Raises EmbeddingError for vectors or a token that cannot be used."""
+    """Tensors and metadata of the token's files. Raises EmbeddingError for unusable vectors or an unusable token."""
     check_token(embedding.token, "the token")
     if tuple(embedding.vectors) not in ENCODERS.values():
-        raise EmbeddingError(f"{embedding.token} has vectors of {', '.join(embedding.vectors)}: not of a known model.")
+        raise EmbeddingError(
+            f"{embedding.token} has vectors for {', '.join(embedding.vectors)}: no known model has these."
+        )
     for matrix in embedding.vectors.values():
         as_rows(matrix, Path(embedding.token))
     metadata = header(embedding)
@@ -673,7 +677,7 @@ def embedding_files(
 
 
 def lora_files(lora: Lora, name: str, folder: Path, formats: Iterable[str]) -> dict[Path, tuple[dict, dict[str, str]]]:
-    """Tensors and metadata of the LoRA weights' files in those formats that can have them."""
+    """Tensors and metadata of the LoRA weights' files, for the formats that support them."""
     files = {}
     if "diffusers" in formats and lora.diffusers is not None:
         files[folder / LORA_FILE] = (lora.diffusers, lora_header(lora, name))
@@ -683,13 +687,13 @@ def lora_files(lora: Lora, name: str, folder: Path, formats: Iterable[str]) -> d
 
 
 def bundle_file(embedding: Embedding, lora: Lora, folder: Path) -> dict[Path, tuple[dict, dict[str, str]]]:
-    """Embedding and LoRA weights in one file, as AUTOMATIC1111, SD.Next and OneTrainer have it. Raises EmbeddingError."""
+    """Embedding and LoRA weights in one file, for AUTOMATIC1111, SD.Next and OneTrainer. Raises EmbeddingError."""
     name = web_name(embedding.token)
     if embedding.family == "sana":
-        raise EmbeddingError("--format bundle: no tool reads an embedding for SANA from the file of the LoRA weights.")
-    if "." in name:  # it ends the name in the keys
+        raise EmbeddingError("--format bundle: no tool reads a bundle for SANA. Choose another format.")
+    if "." in name:  # the keys use it as a separator
         raise EmbeddingError(
-            f"--format bundle: the word {name} cannot have a full stop: add --token '{plain_token(embedding.token)}'."
+            f"--format bundle: the word {name} must not contain a full stop: add --token '{plain_token(embedding.token)}'."
         )
     keys = zip(WEB_KEYS[embedding.family], ENCODERS[embedding.family], strict=True)
     rows = {key: embedding.vectors[encoder] for key, encoder in keys}
@@ -700,11 +704,11 @@ def bundle_file(embedding: Embedding, lora: Lora, folder: Path) -> dict[Path, tu
 def write_embedding(
     embedding: Embedding, folder: Path, formats: Iterable[str] = ("diffusers", "web"), overwrite: bool = False
 ) -> list[Path]:
-    """Write the token's files to `folder`, named as the training scripts name them. Returns their paths.
+    """Write the token's files to `folder`, with the training scripts' names. Returns their paths.
 
     Raises:
-        EmbeddingError: for vectors or a token that cannot be used, and as `write_states` does.
-        UserError: where the folder cannot be written to.
+        EmbeddingError: for unusable vectors or an unusable token, and as in `write_states`.
+        UserError: if the folder is not writable.
     """
     files = embedding_files(embedding, folder, formats)
     write_states(files, overwrite)
@@ -722,7 +726,7 @@ def markdown_table(names: list[str], rows: list[list[str]]) -> str:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose errors are one line of usage and one that says what is wrong."""
+    """Make a parser with short errors: one line of usage and one line with the error."""
     return argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [options] (--help explains them)",
@@ -760,7 +764,7 @@ def forgive_output() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError ends it with one line and status 1, Ctrl-C with status 130."""
+    """Run a script's `main`. A UserError ends it with one line and status 1, Ctrl-C with status 130."""
     name = Path(sys.argv[0]).name
     forgive_output()
     try:
@@ -777,16 +781,16 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "input", type=Path, help="A run's output folder, or a file of an embedding or of LoRA weights."
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the files are written.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Output folder.")
     choices = [*FORMATS, "bundle"]
-    parser.add_argument("--format", nargs="+", choices=choices, default=["diffusers", "web"], help="What to write.")
-    parser.add_argument("--token", default=None, help="Another word for the embedding.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace files that hold something else.")
+    parser.add_argument("--format", nargs="+", choices=choices, default=["diffusers", "web"], help="Formats to write.")
+    parser.add_argument("--token", default=None, help="New word for the embedding.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace existing files with other content.")
     return parser
 
 
 def lora_name(lora: Lora, path: Path) -> str:
-    """What to call the files of LoRA weights: after their word, or else after their file or its folder."""
+    """The name for files of LoRA weights: from their word, or else from their file or its folder."""
     if lora.token is not None:
         return web_name(lora.token)
     generic = path.stem.startswith(Path(LORA_FILE).stem)
@@ -795,7 +799,7 @@ def lora_name(lora: Lora, path: Path) -> str:
 
 
 def describe(embedding: Embedding | None, lora: Lora | None) -> Iterator[str]:
-    """Lines that say what was read."""
+    """Lines that describe the input."""
     if embedding is not None:
         widths = " and ".join(f"{len(rows)} x {rows.shape[-1]}" for rows in embedding.vectors.values())
         yield f"{embedding.token}: {embedding.family}, {widths}"
@@ -805,7 +809,7 @@ def describe(embedding: Embedding | None, lora: Lora | None) -> Iterator[str]:
 
 
 def readers(path: Path, family: str) -> str:
-    """Who reads a file that was written, and how."""
+    """The tools that read a written file, and how to use it there."""
     name = path.stem
     if name in FILES:
         return "diffusers: pipe.load_textual_inversion"
@@ -825,13 +829,13 @@ def readers(path: Path, family: str) -> str:
 
 
 def left_out(lora: Lora, formats: list[str]) -> Iterator[str]:
-    """Lines that say in which formats the LoRA weights were not written, and why."""
+    """Lines that say which formats do not get the LoRA weights, and why."""
     if "bin" in formats:
-        yield "bin holds an embedding alone: the LoRA weights are not among its files."
+        yield "the bin format has no LoRA weights, so they are not written in it."
     if "diffusers" in formats and lora.diffusers is None:
         yield (
-            "diffusers' naming of the LoRA weights cannot be told from kohya's, so they are not in that format"
-            + (": pipe.load_lora_weights reads the file as it is." if lora.family != "sana" else ".")
+            "kohya's naming of LoRA weights cannot be converted to diffusers', so they are not written in that format"
+            + (": pipe.load_lora_weights reads the original file." if lora.family != "sana" else ".")
         )
 
 
@@ -841,7 +845,7 @@ def main() -> None:
     if "bundle" in args.format and (embedding is None or lora is None):
         missing = "embedding" if embedding is None else "LoRA weights"
         raise UserError(
-            f"--format bundle: {args.input} has no {missing}. Give the folder that has embedding and LoRA."
+            f"--format bundle: {args.input} has no {missing}. Give a folder with an embedding and LoRA weights."
         )
     if embedding is not None and lora is not None and embedding.family != lora.family:
         raise UserError(f"{args.input} has an embedding for {embedding.family} and LoRA weights for {lora.family}.")

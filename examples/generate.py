@@ -1,24 +1,24 @@
 #!/usr/bin/env python
-"""Draw pictures with learned tokens, several tokens in one prompt if you like. Takes SDXL, SANA and Stable Diffusion 1 and 2.
+"""Draw pictures with one or several learned tokens per prompt, with SDXL, SANA and Stable Diffusion 1 and 2.
 
     python examples/generate.py out/my-dog --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --prompt "a photo of a {} on the beach" "a painting of a {} in the rain" --seeds 0 1 2 3 --output_dir pictures
 
-"{}" stands for the learned token. My subject in my style is two embeddings in one prompt, "{0}" and "{1}":
+"{}" stands for the learned token. "My subject in my style" takes two embeddings in one prompt, "{0}" and "{1}":
 
     python examples/generate.py out/my-dog out/my-style --prompt "a picture of {0} in the style of {1}" \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --output_dir pictures
 
-An embedding is a run's output folder, or a file in any format that export.py knows. Where the folder also has LoRA weights
-(pytorch_lora_weights.safetensors) they are loaded too. The model's model_index.json says which pipeline it is.
+An embedding is a run's output folder, or a file in any format that export.py reads. LoRA weights in the folder
+(pytorch_lora_weights.safetensors) are loaded too. The model's model_index.json decides the pipeline.
 
-Sampling is the paper's: Stable Diffusion 50 DDIM steps, SANA 20 Euler steps at the model's flow shift. SDXL's second text
-encoder pools at the end token, for as shipped it pools at the learned token and loses what follows; `--pooling stock` shows
-that.
+Sampling follows the paper: 50 DDIM steps for Stable Diffusion, 20 Euler steps at the model's flow shift for SANA. SDXL's
+second text encoder pools at the end token. As published it pools at the learned token, and the pooled embedding ignores the
+text after it; `--pooling stock` shows the effect.
 
-Written to --output_dir: a PNG for each prompt and seed, with prompt, seed and settings in its text metadata, and all of them
-in `grid.png`. The same command again keeps the pictures that are there, so an interrupted one goes on. A picture's noise
-depends on its seed alone, not on --batch_size, device or precision.
+Written to --output_dir: a PNG for each prompt and seed, with prompt, seed and settings in its text metadata, and `grid.png`
+with all pictures. A repeated command keeps existing pictures, so an interrupted one can continue. A picture's noise depends
+only on its seed, not on --batch_size, device or precision.
 
 Sections: 1 prompts, 2 pipeline, 3 pictures, 4 files, 5 checks, 6 command line. Import `load_pipeline`, `load_embedding` and
 `generate` to use them elsewhere.
@@ -86,7 +86,7 @@ GUIDANCE_SCALE = {"sdxl": 5.0, "sana": 4.5, "sd": 7.5}  # the pipelines' own
 RESOLUTION_STEP = {"sdxl": 8, "sana": 32, "sd": 8}  # pixels a latent position
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SOFTWARE = "Directional Textual Inversion, examples/generate.py"
-CELL = 384  # pixels of a picture's longer side in the contact sheet, at most
+CELL = 384  # maximum length of a picture's longer side in the contact sheet, in pixels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ CELL = 384  # pixels of a picture's longer side in the contact sheet, at most
 
 
 def fill_prompt(prompt: str, tokens: list[str]) -> str:
-    """The prompt with tokens for "{}" (the first), "{0}", "{1}" ... Raises UserError where there are too few."""
+    """Replace "{}" by the first token, and "{0}", "{1}" ... by the tokens in order. Raises UserError if one is missing."""
 
     def token(match: re.Match) -> str:
         index = int(match[1] or 0)
@@ -107,13 +107,13 @@ def fill_prompt(prompt: str, tokens: list[str]) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line, empty lines left out. Raises UserError."""
+    """Read the prompts from a file, one per line, without empty lines. Raises UserError."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}") from None
     if not lines:
-        raise UserError(f"--prompts {path} is empty: write one prompt a line.")
+        raise UserError(f"--prompts {path} is empty: write one prompt per line.")
     return lines
 
 
@@ -164,19 +164,19 @@ def noise_schedule(
 def paper_scheduler(family: str, config: dict, schedule: dict):
     """The paper's sampler, on the noise schedule or flow shift of the model's own, but for what `schedule` changes."""
     if family == "sana":
-        # SANA ships a DPM-Solver's configuration, which calls the same number another name.
+        # SANA's configuration is a DPM-Solver's, which has another name for the shift.
         return FlowMatchEulerDiscreteScheduler(shift=config.get("shift", config.get("flow_shift", 1.0)))
-    # DDIM's defaults clip the sample, which ruins latents.
+    # By default DDIM clips the sample, which destroys latents.
     if config.get("rescale_betas_zero_snr"):
         schedule = {"timestep_spacing": "trailing", **schedule}  # from noise alone, as in training
     return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False, **schedule)
 
 
 def load_text_encoder(model: str | Path, name: str, class_name: str, options: dict):
-    """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
+    """Load a text encoder. Raises ValueError if weights are missing: transformers would use random ones."""
     cls = getattr(transformers, class_name)
     encoder, info = cls.from_pretrained(model, subfolder=name, output_loading_info=True, **options)
-    if info["missing_keys"]:  # transformers' major versions name some weights differently
+    if info["missing_keys"]:  # some weights have other names in another major version of transformers
         raise ValueError(f"{name} lacks the weights {sorted(info['missing_keys'])[0]} ... (another version's file?)")
     return encoder
 
@@ -212,11 +212,11 @@ def load_pipeline(
     prediction_type: str | None = None,
     rescale_betas_zero_snr: bool = False,
 ):
-    """The pipeline of a folder or Hub id, by its model_index.json; for SANA a SanaTextualInversionPipeline.
+    """Load the pipeline of a folder or Hub id. For SANA it is a SanaTextualInversionPipeline.
 
     A .safetensors file is an SDXL with the configurations of `single_file_config`, by default SDXL 1.0's. `prediction_type`,
     `rescale_betas_zero_snr` and `base_precision` are as in the training. `scheduler` is "paper" (DDIM, flow-matching Euler)
-    or "model" (what the model ships with). Raises UserError where the model is of another kind or its files are missing or
+    or "model" (what the model ships with). Raises UserError if the model is of another kind, or its files are missing or
     damaged.
     """
     configured = configured_as(model, single_file_config)
@@ -259,13 +259,13 @@ def load_pipeline(
     elif schedule:
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **schedule)
     pipe.set_progress_bar_config(disable=True)
-    if family != "sana":  # convolutions are quicker so, also on a CPU (1.25 times as many pictures)
+    if family != "sana":  # faster convolutions, also on a CPU (1.25 times as many pictures)
         pipe.unet.to(memory_format=torch.channels_last)
     return pipe.to(device)
 
 
 def load_embeddings(pipe, embeddings: list[Embedding]) -> None:
-    """Load learned tokens into the pipeline, each under its own name. Raises EmbeddingError where they do not fit."""
+    """Load learned tokens into the pipeline, each under its own name. Raises EmbeddingError if they do not fit."""
     encoders = {name: getattr(pipe, name) for name in ENCODERS[pipeline_family(pipe)]}
     widths = {name: x.get_input_embeddings().weight.shape[-1] for name, x in encoders.items()}
     for embedding in embeddings:
@@ -281,12 +281,12 @@ def load_embeddings(pipe, embeddings: list[Embedding]) -> None:
 
 
 def load_embedding(pipe, embedding: Embedding) -> None:
-    """Load one learned token into the pipeline. Raises EmbeddingError where it does not fit."""
+    """Load one learned token into the pipeline. Raises EmbeddingError if it does not fit."""
     load_embeddings(pipe, [embedding])
 
 
 def load_loras(pipe, files: list[Path]) -> None:
-    """Load LoRA weights into the pipeline, each as an adapter, all of them active at weight 1. Raises UserError."""
+    """Load each file of LoRA weights as an adapter, all active with weight 1. Raises UserError."""
     names = [f"lora_{index}" for index in range(len(files))]
     for name, file in zip(names, files, strict=True):
         try:
@@ -298,17 +298,17 @@ def load_loras(pipe, files: list[Path]) -> None:
 
 
 def native_resolution(pipe) -> int:
-    """The side in pixels of the square pictures that the model was made for."""
+    """The side in pixels of the square pictures that the model is trained for."""
     return denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
 
 
 @contextlib.contextmanager
 def pooled_at(pipe, pooling: str):
-    """Within it SDXL's second encoder pools at the end token (`eos`), or as it was shipped (`stock`). Others pool nothing."""
+    """In this context SDXL's second encoder pools at the end token (`eos`) or as published (`stock`). Others do not pool."""
     if pipeline_family(pipe) != "sdxl" or pooling == "stock":
         yield
         return
-    # SDXL ships with eos_token_id 2, with which transformers pools at the highest id: that is where the new word stands.
+    # SDXL's config has eos_token_id 2, for which transformers pools at the highest token id: that of the new word.
     text_model = getattr(pipe.text_encoder_2, "text_model", pipe.text_encoder_2)
     shipped, text_model.eos_token_id = text_model.eos_token_id, pipe.tokenizer_2.eos_token_id
     try:
@@ -323,15 +323,15 @@ def pooled_at(pipe, pooling: str):
 
 
 def sana_instruction() -> list[str]:
-    """The instruction that SanaPipeline puts in front of every prompt unless told otherwise."""
+    """The instruction that SanaPipeline puts before every prompt by default."""
     return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
 def draw_noise(pipe, generators: list[torch.Generator], side: int) -> torch.Tensor:
-    """Noise (B, C, side/s, side/s) on the pipeline's device, each picture's from its own generator.
+    """Noise (B, C, side/s, side/s) on the pipeline's device, one generator per picture.
 
-    It is drawn in float32 on the CPU, as a stock pipeline in float32 draws it from the same generators, so that a seed
-    means the same on every device. A UNet's pipeline wants it in the UNet's precision, SANA's in float32 always.
+    It is drawn in float32 on the CPU, as a stock float32 pipeline does, so that a seed gives the same noise on every
+    device. A UNet's pipeline expects it in the UNet's precision, SANA's always in float32.
     """
     denoiser = denoiser_of(pipe)
     shape = (1, denoiser.config.in_channels, side // pipe.vae_scale_factor, side // pipe.vae_scale_factor)
@@ -351,7 +351,7 @@ def generate_pairs(
     negative_prompt: str | None = None,
     instruction: list[str] | None = None,
 ) -> Iterator[tuple[str, int, Image.Image]]:
-    """As `generate`, for given pairs of a prompt and a seed."""
+    """Like `generate`, for given pairs of prompt and seed."""
     side = resolution or native_resolution(pipe)
     options = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": guidance_scale}
     if pipeline_family(pipe) == "sana":
@@ -365,7 +365,7 @@ def generate_pairs(
             images = pipe(
                 prompt=[prompt for prompt, _ in batch],
                 latents=draw_noise(pipe, generators, side),
-                generator=generators,  # for schedulers that draw at every step
+                generator=generators,  # for schedulers that draw noise at every step
                 **options,
             ).images
         yield from ((prompt, seed, image) for (prompt, seed), image in zip(batch, images, strict=True))
@@ -385,11 +385,11 @@ def generate(
     """Draw every prompt with every seed. Yields (prompt, seed, picture) in the order of the prompts, then of the seeds.
 
     Args:
-        prompts: with learned tokens by name; `fill_prompt` puts them in the place of "{}".
-        batch_size: pictures drawn at once. A picture does not depend on it, but for the rounding of matrix products.
+        prompts: with learned tokens by name; `fill_prompt` replaces "{}" by them.
+        batch_size: pictures drawn at once. It affects a picture only by the rounding of matrix products.
         pooling: "eos", or "stock" to let SDXL pool at the learned token, as diffusers does.
-        options: resolution (side in pixels; None is the model's), negative_prompt, and for SANA instruction (lines in
-            front of the prompt; None is no instruction, as the training script has it).
+        options: resolution (side in pixels; None: the model's), negative_prompt, and for SANA instruction (lines before
+            the prompt; None: no instruction, as in training).
     """
     pairs = list(itertools.product(prompts, seeds))
     common = {"steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size, "pooling": pooling}
@@ -402,7 +402,7 @@ def generate(
 
 
 def picture_name(prompt: str, seed: int) -> str:
-    """A file's name that people can read, and that no other prompt has."""
+    """A readable file name that is unique to the prompt and seed."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
     return f"{slug}-{zlib.crc32(prompt.encode()):08x}-seed-{seed}.png"
 
@@ -414,7 +414,7 @@ def digest(embedding: Embedding) -> str:
 
 
 def model_fingerprint(model: str, revision: str | None) -> str:
-    """The Hub id, or of a folder its name (whose home it is in concerns nobody) and a hash of its files' sizes and times."""
+    """The Hub id, or a folder's name (without its path, which is private) and a hash of its files' sizes and times."""
     if not Path(model).exists():
         return f"{model}@{revision}" if revision else model
     files = (
@@ -435,12 +435,12 @@ def to_png(image: Image.Image, text: dict[str, str]) -> bytes:
 
 
 def picture_text(prompt: str, seed: int, settings: dict) -> dict[str, str]:
-    """What a picture's metadata says of it, and what it is recognised by."""
+    """A picture's metadata, by which a repeated command recognises it."""
     return {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings)}
 
 
 def is_finished(path: Path, text: dict[str, str], overwrite: bool) -> bool:
-    """Whether the picture is there. Raises UserError where another one is in its place, unless `overwrite`."""
+    """Whether the picture exists with this metadata. Raises UserError if another one is there, unless `overwrite`."""
     if not os.path.lexists(path):
         return False
     try:
@@ -452,11 +452,11 @@ def is_finished(path: Path, text: dict[str, str], overwrite: bool) -> bool:
         pass
     if overwrite:
         return False
-    raise UserError(f"{path} is there with other settings: choose another --output_dir, or --overwrite.")
+    raise UserError(f"{path} exists with other settings: choose another --output_dir, or add --overwrite.")
 
 
 def check_ours(path: Path, overwrite: bool) -> None:
-    """Refuse to replace a file that these scripts have not written, unless `overwrite`. Raises UserError."""
+    """Refuse to replace a file that these scripts did not write, unless `overwrite`. Raises UserError."""
     ours = overwrite or not os.path.lexists(path)
     with contextlib.suppress(OSError, AttributeError, SyntaxError, ValueError):
         if not ours:
@@ -464,11 +464,11 @@ def check_ours(path: Path, overwrite: bool) -> None:
                 marks = [image.info.get(name) for name in ("Software", "comment", "xmp")]  # PNG, GIF, WebP
                 ours = SOFTWARE in marks or SOFTWARE.encode() in marks
     if not ours:
-        raise UserError(f"{path} is there and not of this script: choose another --output_dir, or --overwrite.")
+        raise UserError(f"{path} exists and is not from this script: choose another --output_dir, or add --overwrite.")
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """The picture in RGB, made smaller where it is larger than a cell of the contact sheet."""
+    """The picture in RGB, reduced to the size of a contact sheet's cell if it is larger."""
     image = image.convert("RGB")
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return image
@@ -533,8 +533,8 @@ def load_tokenizers(model: str | Path, family: str) -> list:
 
 
 def check_tokens(embeddings: list[Embedding], tokenizers: list, family: str) -> None:
-    """Refuse tokens that are words already, that get in each other's way, or that no prompt can hold. Raises EmbeddingError."""
-    remedy = "give it another word by --token"
+    """Refuse tokens that are already words, that collide, or that a prompt cannot contain. Raises EmbeddingError."""
+    remedy = "give another word by --token"
     for tokenizer in tokenizers:
         for embedding in embeddings:
             token = embedding.token
@@ -542,22 +542,23 @@ def check_tokens(embeddings: list[Embedding], tokenizers: list, family: str) -> 
             taken = [name for name in (*names, f"{token}_1") if name in tokenizer.get_vocab()]
             if taken or len(tokenizer.tokenize(token)) == 1:  # CLIP's vocabulary has "dog" as "dog</w>"
                 word = taken[0] if taken else token
-                raise EmbeddingError(f"The token {token!r}: {word!r} is a word already; {remedy}.")
+                raise EmbeddingError(f"The token {token!r}: {word!r} is already a word; {remedy}.")
             if family == "sana" and token != token.lower():
                 raise EmbeddingError(f"The token {token!r} has capitals, and SANA lowercases prompts: {remedy}.")
             tokenizer.add_tokens(names)
             ids = tokenizer.convert_tokens_to_ids(names)
             prompt = tokenizer(f"a {' '.join(names)} here", add_special_tokens=False).input_ids
             if [index for index in prompt if index in ids] != ids:
-                raise EmbeddingError(f"The token {token!r} is not found again in a prompt: {remedy}.")
+                raise EmbeddingError(f"The tokenizer does not find the token {token!r} in a prompt: {remedy}.")
 
 
 def check_model_fits(
     model: str, revision: str | None, sources: list, embeddings: list[Embedding], words: list[Embedding] | None = None
 ) -> tuple[str, list]:
-    """The model's family and its tokenizers with the new words, if the embeddings fit it and the words can be loaded.
+    """Check that the embeddings fit the model. Returns the model's family, and its tokenizers with the new words.
 
-    `words` are the embeddings unless they are others. Reads configurations and tokenizers only. Raises UserError.
+    `words` are the embeddings whose tokens are added; by default all. Reads only configurations and tokenizers. Raises
+    UserError.
     """
     family = model_family(model, revision)
     try:
@@ -574,16 +575,16 @@ def check_model_fits(
 
 
 def note_long_prompts(prompts: list[str], tokenizers: list, family: str) -> None:
-    """Say which prompts are longer than the text encoders read: their end, maybe with a learned token, is cut off."""
+    """Report prompts that are longer than the text encoders' limit: their end is cut off, maybe with a learned token."""
     tokenizer, limit = tokenizers[0], 300 if family == "sana" else 77
     for prompt in prompts:
         length = len(tokenizer(TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)).input_ids)
         if length > limit:
-            print(f"Note: of the {length} tokens of {prompt!r} only {limit} are read.", file=sys.stderr)
+            print(f"Note: only {limit} of the {length} tokens of {prompt!r} are read.", file=sys.stderr)
 
 
 def read_embeddings(sources: list[Path], tokens: list[str] | None) -> list[Embedding]:
-    """The embeddings, renamed where --token is given. Raises UserError."""
+    """Read the embeddings, renamed if --token is given. Raises UserError."""
     embeddings = [read_embedding(source) for source in sources]
     if tokens is not None:
         if len(tokens) != len(embeddings):
@@ -592,37 +593,33 @@ def read_embeddings(sources: list[Path], tokens: list[str] | None) -> list[Embed
     words = [embedding.token for embedding in embeddings]
     twice = {word for word in words if words.count(word) > 1}
     if twice:
-        raise EmbeddingError(
-            f"Two embeddings have the token {min(twice)!r}: rename them by --token, one word for each."
-        )
+        raise EmbeddingError(f"Two embeddings have the token {min(twice)!r}: rename them by --token, one word each.")
     return embeddings
 
 
 def find_loras(sources: list[Path], family: str) -> list[Path]:
-    """LoRA weights in the embeddings' folders. Raises UserError where they cannot be used."""
+    """Find LoRA weights in the embeddings' folders. Raises UserError if they cannot be used."""
     files = [source / LORA_FILE for source in sources if os.path.isfile(source / LORA_FILE)]
     if files and importlib.util.find_spec("peft") is None:
-        raise UserError(f"{files[0]} needs `pip install peft`; or leave it out by --no_lora.")
+        raise UserError(f"{files[0]} needs `pip install peft`; or ignore it by --no_lora.")
     part = "transformer." if family == "sana" else "unet."
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
                 fits = any(key.startswith((part, "text_encoder")) for key in opened.keys())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read: {one_line(error)}; leave it out by --no_lora.") from None
+            raise UserError(f"{file} cannot be read: {one_line(error)}; ignore it by --no_lora.") from None
         if not fits:
-            raise UserError(
-                f"{file} has no weights for {part[:-1]}: it is of another model; leave it out by --no_lora."
-            )
+            raise UserError(f"{file} has no weights for {part[:-1]}: it is for another model; ignore it by --no_lora.")
     return files
 
 
 def choose_device(args: argparse.Namespace) -> str:
-    """--device, or the GPU where there is one. Raises UserError."""
+    """The device: --device, or the GPU if there is one. Raises UserError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on the kind of device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the kind depends on the device
         raise UserError(f"--device {device} cannot be used: {one_line(error)}") from None
     for option in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
         if getattr(args, option, False) and torch.device(device).type == "cpu":
@@ -635,7 +632,7 @@ def choose_device(args: argparse.Namespace) -> str:
 
 
 def choose_dtype(option: str, family: str, device: str) -> torch.dtype:
-    """float32 on a CPU; on a GPU fp16, but bf16 for SANA, whose text encoder overflows in fp16."""
+    """The precision. "auto" is float32 on a CPU; on a GPU fp16, but bf16 for SANA: its text encoder overflows in fp16."""
     automatic = "fp32" if device == "cpu" else "bf16" if family == "sana" else "fp16"
     names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return names[automatic if option == "auto" else option]
@@ -647,7 +644,7 @@ def choose_dtype(option: str, family: str, device: str) -> torch.dtype:
 
 
 def number(kind: type, minimum: float) -> Callable:
-    """An argparse type: a finite int or float of at least `minimum`."""
+    """Make an argparse type: a finite int or float of at least `minimum`."""
 
     def parse(text: str):
         try:
@@ -663,7 +660,7 @@ def number(kind: type, minimum: float) -> Callable:
 
 
 def add_model_options(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
-    """The options of model and sampling, which evaluate.py and interpolate.py have too."""
+    """Add the options of model, sampling and memory, shared with evaluate.py and interpolate.py."""
     add = parser.add_argument
     # fmt: off
     add("--pretrained_model_name_or_path", required=model_required, help="Folder or Hub id of the model: SDXL, SANA, or Stable Diffusion 1 or 2.")
@@ -672,39 +669,39 @@ def add_model_options(parser: argparse.ArgumentParser, model_required: bool = Tr
     add("--single_file_config", default=None, help="For an SDXL in one .safetensors file: folder or Hub id with its configurations and tokenizers. Default: SDXL 1.0's.")
     add("--prediction_type", choices=["epsilon", "v_prediction"], default=None, help="What the UNet predicts, where the model's file does not say. As in the training.")
     add("--rescale_betas_zero_snr", action="store_true", help="Rescale the noise schedule. As in the training.")
-    add("--batch_size", type=number(int, 1), default=1, help="Pictures that are drawn at once.")
+    add("--batch_size", type=number(int, 1), default=1, help="Pictures drawn at once.")
     add("--resolution", type=number(int, 8), default=None, help="Side of the pictures in pixels. Default: the model's.")
-    add("--num_inference_steps", type=number(int, 1), default=None, help="Steps. Default, the paper's: SANA 20, others 50.")
+    add("--num_inference_steps", type=number(int, 1), default=None, help="Sampling steps. Default, as in the paper: SANA 20, others 50.")
     add("--guidance_scale", type=number(float, 0), default=None, help="Classifier-free guidance. Default: SDXL 5, SANA 4.5, Stable Diffusion 1 and 2 7.5.")
-    add("--pooling", choices=["eos", "stock"], default="eos", help="Where SDXL's pooled text embedding is read: at the end token, or at the learned one as diffusers does.")
-    add("--complex_human_instruction", choices=["none", "default"], default="none", help="SANA's instruction in front of every prompt: none, or SanaPipeline's own. As the token was trained.")
+    add("--pooling", choices=["eos", "stock"], default="eos", help="Where SDXL's pooled text embedding is read: at the end token, or at the learned token as in diffusers.")
+    add("--complex_human_instruction", choices=["none", "default"], default="none", help="SANA's instruction before every prompt: none, or SanaPipeline's own. Choose as in training.")
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision of the models. Default: float32 on a CPU; on a GPU fp16, for SANA bf16.")
     add("--base_precision", choices=["auto", "int8"], default="auto", help="int8: hold the weights of denoiser and text encoders in 8 bits, as the training scripts do, and compute in --dtype. auto: all in --dtype.")
-    add("--device", default=None, help="Such as cuda:1 or cpu. Default: the GPU where there is one.")
-    add("--enable_model_cpu_offload", action="store_true", help="Keep each model on the CPU until it is its turn: less GPU memory, a little slower.")
-    add("--enable_sequential_cpu_offload", action="store_true", help="The same for each layer: least GPU memory, much slower.")
+    add("--device", default=None, help="Device, such as cuda:1 or cpu. Default: the GPU if there is one.")
+    add("--enable_model_cpu_offload", action="store_true", help="Keep each model on the CPU until it is needed: less GPU memory, slightly slower.")
+    add("--enable_sequential_cpu_offload", action="store_true", help="Keep each layer on the CPU until it is needed: least GPU memory, much slower.")
     add("--enable_vae_tiling", action="store_true", help="Decode pictures in tiles: less memory at high resolutions.")
     add("--enable_vae_slicing", action="store_true", help="Decode the pictures of a batch one by one.")
     # fmt: on
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
-    """The options of models, prompts and sampling, which interpolate.py has too."""
+    """Add the options of model, prompts and output, shared with interpolate.py."""
     add_model_options(parser, model_required)
     add = parser.add_argument
     # fmt: off
     add("--prompt", action="extend", nargs="+", default=[], help='Prompts, with "{}" for the learned token ("{0}", "{1}" ... for several).')
-    add("--prompts", type=Path, default=None, help="File of prompts, one a line, besides those of --prompt.")
-    add("--negative_prompt", default=None, help="What the pictures shall not show. Default: none.")
-    add("--seeds", type=number(int, 0), action="extend", nargs="+", default=None, help="Seeds, a picture of each prompt for each. Default: 0.")
-    add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (DDIM, for SANA Euler), or the one that the model ships with.")
-    add("--output_dir", type=Path, required=True, help="Where the results are written.")
-    add("--overwrite", action="store_true", help="Replace files that are there with other settings or content.")
+    add("--prompts", type=Path, default=None, help="File with one prompt per line, in addition to --prompt.")
+    add("--negative_prompt", default=None, help="What the pictures must not show. Default: nothing.")
+    add("--seeds", type=number(int, 0), action="extend", nargs="+", default=None, help="Seeds: one picture per prompt and seed. Default: 0.")
+    add("--scheduler", choices=["paper", "model"], default="paper", help="The paper's sampler (DDIM, for SANA Euler), or the model's own.")
+    add("--output_dir", type=Path, required=True, help="Output folder.")
+    add("--overwrite", action="store_true", help="Replace existing files with other settings or content.")
     # fmt: on
 
 
 def settle_options(args: argparse.Namespace, family: str) -> None:
-    """Put the family's defaults where nothing was said, and refuse what does not suit it. Raises UserError."""
+    """Fill in the family's defaults, and refuse options that do not apply to it. Raises UserError."""
     args.num_inference_steps = args.num_inference_steps or STEPS[family]
     args.guidance_scale = GUIDANCE_SCALE[family] if args.guidance_scale is None else args.guidance_scale
     args.seeds = [0] if args.seeds is None else list(dict.fromkeys(args.seeds))
@@ -721,18 +718,18 @@ def settle_options(args: argparse.Namespace, family: str) -> None:
 
 
 def all_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt and --prompts, each once. Raises UserError."""
+    """The prompts of --prompt and --prompts without duplicates. Raises UserError."""
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts is not None else [])
     for prompt in prompts:
         if re.search("[\ud800-\udfff]", prompt):
-            raise UserError("--prompt is not valid UTF-8: write it in a terminal that is set to UTF-8.")
+            raise UserError("--prompt is not valid UTF-8: use a terminal that is set to UTF-8.")
         if not prompt.strip():
-            raise UserError("--prompt is empty: write what the picture shall show.")
+            raise UserError("--prompt is empty: describe the picture.")
     return list(dict.fromkeys(prompts))
 
 
 def sampling(args: argparse.Namespace) -> dict:
-    """What `generate_pairs` is told of the options."""
+    """The arguments of `generate_pairs` from the options."""
     return {
         "steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
@@ -752,7 +749,7 @@ def model_settings(args: argparse.Namespace) -> dict:
 
 
 def sampling_settings(args: argparse.Namespace, dtype: torch.dtype, loras: list[Path]) -> dict:
-    """What a picture depends on besides prompt, seed and embeddings, for its metadata."""
+    """The settings that a picture depends on besides prompt, seed and embeddings, for its metadata."""
     names = ("num_inference_steps", "guidance_scale", "scheduler", "resolution", "negative_prompt", "pooling")
     return {
         "model": model_fingerprint(args.pretrained_model_name_or_path, args.revision),
@@ -764,7 +761,7 @@ def sampling_settings(args: argparse.Namespace, dtype: torch.dtype, loras: list[
 
 
 def start_pipeline(args: argparse.Namespace, dtype: torch.dtype, device: str, embeddings: list, loras: list):
-    """The pipeline with all that was learned in it, and the low-memory switches. Raises UserError."""
+    """Load the pipeline with the embeddings, the LoRA weights and the memory options. Raises UserError."""
     offload = args.enable_model_cpu_offload or args.enable_sequential_cpu_offload
     model, place = args.pretrained_model_name_or_path, "cpu" if offload else device
     pipe = load_pipeline(model, dtype, place, args.revision, scheduler=args.scheduler, **model_settings(args))
@@ -787,11 +784,11 @@ def draw_missing(
     args: argparse.Namespace,
     told: dict[Path, str] | None = None,
 ) -> int:
-    """Draw and save the pictures that are not there yet, and load the pipeline, by `start`, only if there are any.
+    """Draw and save the pictures that are missing. `start` loads the pipeline, and is called only if there are any.
 
     Args:
-        jobs: for each file its prompt, seed and settings.
-        told: for each file the prompt that the pipeline is given, where it knows the token by another name.
+        jobs: prompt, seed and settings of each file.
+        told: the prompt for the pipeline of each file, if the pipeline has the token under another name.
 
     Returns the number of pictures drawn. Raises UserError.
     """
@@ -813,7 +810,7 @@ def draw_missing(
 
 
 def write_sheet(path: Path, rows: Iterable[Iterable[Path]], row_labels: list[str], column_labels: list[str]) -> None:
-    """Put saved pictures into a contact sheet."""
+    """Write a contact sheet of saved pictures."""
     images = []
     for row in rows:
         images.append([])
@@ -826,8 +823,8 @@ def write_sheet(path: Path, rows: Iterable[Iterable[Path]], row_labels: list[str
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("embeddings", type=Path, nargs="*", help="Output folders or files, before the options.")
-    parser.add_argument("--token", nargs="+", default=None, help="Other words for the embeddings, one for each.")
-    parser.add_argument("--no_lora", dest="lora", action="store_false", help=f"Leave {LORA_FILE} beside them alone.")
+    parser.add_argument("--token", nargs="+", default=None, help="Other words for the embeddings, one each.")
+    parser.add_argument("--no_lora", dest="lora", action="store_false", help=f"Ignore {LORA_FILE} in their folders.")
     add_sampling_options(parser)
     return parser
 
@@ -841,7 +838,7 @@ def main() -> None:
     embeddings = read_embeddings(args.embeddings, args.token)
     templates, tokens = all_prompts(args), [embedding.token for embedding in embeddings]
     if not templates:
-        raise UserError("Give --prompt or --prompts: what the pictures shall show.")
+        raise UserError("Give --prompt or --prompts: they describe the pictures.")
     prompts = [fill_prompt(template, tokens) for template in templates]
     model = configured_as(args.pretrained_model_name_or_path, args.single_file_config)
     family, tokenizers = check_model_fits(model, args.revision, args.embeddings, embeddings)
@@ -852,7 +849,7 @@ def main() -> None:
     note_long_prompts(prompts, tokenizers, family)
     for prompt in prompts:
         if tokens and not any(token in prompt for token in tokens):
-            print(f"Note: no learned token is in {prompt!r}.", file=sys.stderr)
+            print(f"Note: {prompt!r} has no learned token.", file=sys.stderr)
 
     settings = sampling_settings(args, dtype, loras)
     settings["embeddings"] = {embedding.token: digest(embedding) for embedding in embeddings}
@@ -865,7 +862,7 @@ def main() -> None:
 
     rows = [[args.output_dir / picture_name(prompt, seed) for seed in args.seeds] for prompt in prompts]
     write_sheet(grid, rows, prompts, [f"seed {seed}" for seed in args.seeds])
-    print(f"{drawn} pictures drawn, {len(jobs) - drawn} were there. All of them: {grid}")
+    print(f"{drawn} pictures drawn, {len(jobs) - drawn} kept. All of them: {grid}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Measure how the cost of a step grows: with batch, resolution, photographs, vectors and processes. One plot.
+"""Measure how the cost of a step grows with batch, resolution, photographs, vectors and processes. Draws one plot.
 
     python examples/growth.py --work_dir growth
     python examples/growth.py --work_dir growth --size small --only photographs vectors
 
-From the same place (batch 4, five photographs, one vector, one process) one quantity grows at a time; everything else, the
-model with random weights included, is as benchmark.py has it, whose rows these are. The latents of the photographs are
-cached before the first step, which is the one cost that may grow with their number: it is told beside the steps.
+One quantity grows at a time from a common base (batch 4, five photographs, one vector, one process). The rest is as in
+benchmark.py, including the model with random weights. The photographs' latents are cached before the first step. Only this
+cost may grow with their number, so it is reported beside the steps.
 
-Written to --work_dir: `growth.md`, `growth.json` and `growth.png`. What is measured is not measured again, so that more
-values can be added to what is there.
+Written to --work_dir: `growth.md`, `growth.json` and `growth.png`. Existing measurements are reused, so more values can be
+added later.
 
 Sections: 1 options, 2 rows, 3 report, 4 main.
 """
@@ -40,16 +40,16 @@ QUANTITIES = ("batch", "resolution", "photographs", "vectors", "processes")
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--work_dir", type=Path, default=Path("growth"), help="Where model, photographs, runs and results are written. Default: growth.")
-    add("--model", choices=benchmark.MODELS, default="sdxl", help="Which model, and with it which script. Default: sdxl.")
-    add("--size", choices=["full", "small"], default="full", help="The published size, or a narrow model that trains on a CPU in seconds.")
-    add("--only", nargs="+", choices=QUANTITIES, default=list(QUANTITIES), help="Quantities to let grow. Default: all.")
-    add("--batch", type=at_least(int, 1), nargs="+", default=[1, 2, 4, 8], help="Images a step.")
-    add("--resolution", type=at_least(int, 8), nargs="+", default=None, help="Pixels, the first of them for all other quantities. Default: 512 768 1024, small: 64 128 192 256.")
-    add("--photographs", type=at_least(int, 1), nargs="+", default=[1, 5, 20, 80], help="Photographs.")
-    add("--vectors", type=at_least(int, 1), nargs="+", default=[1, 2, 4, 8], help="Vectors of the new word.")
-    add("--processes", type=at_least(int, 1), nargs="+", default=[1, 2], help="Processes, one a GPU or one a core; on a CPU give each one thread by OMP_NUM_THREADS=1.")
-    add("--steps", type=at_least(int, 2), default=20, help="Timed steps of each row. Default: 20.")
+    add("--work_dir", type=Path, default=Path("growth"), help="Folder for model, photographs, runs and results. Default: growth.")
+    add("--model", choices=benchmark.MODELS, default="sdxl", help="The model, which also decides the script. Default: sdxl.")
+    add("--size", choices=["full", "small"], default="full", help="The published size, or a small model that trains on a CPU in seconds.")
+    add("--only", nargs="+", choices=QUANTITIES, default=list(QUANTITIES), help="Quantities to measure. Default: all.")
+    add("--batch", type=at_least(int, 1), nargs="+", default=[1, 2, 4, 8], help="Images per step.")
+    add("--resolution", type=at_least(int, 8), nargs="+", default=None, help="Pixels. The first value applies to all other quantities. Default: 512 768 1024, small: 64 128 192 256.")
+    add("--photographs", type=at_least(int, 1), nargs="+", default=[1, 5, 20, 80], help="Number of photographs.")
+    add("--vectors", type=at_least(int, 1), nargs="+", default=[1, 2, 4, 8], help="Vectors per new word.")
+    add("--processes", type=at_least(int, 1), nargs="+", default=[1, 2], help="Processes, one per GPU or core. On a CPU, set OMP_NUM_THREADS=1 to give each one thread.")
+    add("--steps", type=at_least(int, 2), default=20, help="Timed steps per row. Default: 20.")
     return parser
 # fmt: on
 
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Row:
-    """Where a row lies: the value of every quantity."""
+    """A row: the value of every quantity."""
 
     batch: int
     resolution: int
@@ -86,7 +86,7 @@ def rows_of(quantity: str, args: argparse.Namespace) -> dict[int, Row]:
 
 
 def photographs(count: int, args: argparse.Namespace, base: argparse.Namespace) -> Path:
-    """So many pictures: benchmark.py's five over and again, a little brighter each time."""
+    """A folder of `count` pictures: benchmark.py's five repeated, slightly brighter each time."""
     folder = args.work_dir / f"photos-{args.size}-{count}"
     if not folder.is_dir():
         sources, temporary = sorted(benchmark.prepare_photographs(base).iterdir()), folder.with_suffix(".tmp")
@@ -112,19 +112,19 @@ def script_options(row: Row, model: Path, photos: Path, base: argparse.Namespace
 
 
 def measure(row: Row, model: Path, args: argparse.Namespace, base: argparse.Namespace) -> dict:
-    """Run a row, or take what an earlier row was. Raises UserError where it fails."""
+    """Run a row, or read its earlier result. Raises UserError if it fails."""
     folder = args.work_dir / "runs" / f"{args.model}-{args.size}" / row.name
     if not (folder / "result.json").is_file():
         argv = script_options(row, model, photographs(row.photographs, args, base), base)
         job = Job(str(base.script), argv, str(folder / "out"), (5, args.steps, 0), 500, base.weights)
-        process = run_process(launcher(row.processes) + job_command(job, folder)[1:], folder / "log.txt", False)
+        process = run_process(launcher(row.processes) + job_command(job, folder)[1:], folder / "log.txt")
         if process["status"]:
             raise UserError(f"{row}: {last_line(folder / 'log.txt')}")
         shutil.rmtree(folder / "out", ignore_errors=True)
     result = summarise(json.loads((folder / "result.json").read_text()), 500, 5)
     if result["status"] != "measured":
-        raise UserError(f"{row}: {result['status']}. Leave the value out.")
-    print(f"{row}: {result['step']['median']:.4f} s a step", flush=True)
+        raise UserError(f"{row}: {result['status']}. Leave out this value.")
+    print(f"{row}: {result['step']['median']:.4f} s per step", flush=True)
     return result
 
 
@@ -134,15 +134,15 @@ def measure(row: Row, model: Path, args: argparse.Namespace, base: argparse.Name
 
 
 def sentence(quantity: str, found: dict[int, dict]) -> str:
-    """In a line, how much longer a step takes at the largest value than at the smallest."""
+    """One line: how much longer a step takes at the largest value than at the smallest."""
     (least, first), (most, last) = list(found.items())[0], list(found.items())[-1]
     ratio = last["step"]["median"] / first["step"]["median"]
     line = f"{quantity}: from {least} to {most} ({most / least:.3g} times), a step takes {ratio:.2f} times as long"
     if quantity == "photographs":
         before, after = (result["set_up"]["latents"] for result in (first, last))
-        line += f"; the caching before the first step {after:.1f} s instead of {before:.1f}"
+        line += f"; caching before the first step takes {after:.1f} s instead of {before:.1f}"
     if quantity == "processes":
-        line += f" and learns from {most / least / ratio:.2f} times as many pictures a second"
+        line += f", and training sees {most / least / ratio:.2f} times as many pictures per second"
     return line + "."
 
 
@@ -158,13 +158,13 @@ def draw(results: dict[str, dict[int, dict]]) -> bytes:
         slow, fast = zip(*([1 / x for x in r["step"]["quartiles"][::-1]] for r in found.values()), strict=True)
         axes.plot(list(found), rates, "o-")
         axes.fill_between(list(found), slow, fast, alpha=0.2)
-        axes.set(xlabel=quantity, ylabel="steps a second", ylim=(0, None), xticks=list(found))
+        axes.set(xlabel=quantity, ylabel="steps per second", ylim=(0, None), xticks=list(found))
     FigureCanvasAgg(figure).print_png(content := io.BytesIO())
     return content.getvalue()
 
 
 def write_report(results: dict[str, dict[int, dict]], args: argparse.Namespace) -> str:
-    names = ["", "value", "steps a second", "s a step, median", "quartiles", "caching, s", "set-up, s"]
+    names = ["", "value", "steps per second", "s per step, median", "quartiles", "caching, s", "set-up, s"]
     table = []
     for quantity, found in results.items():
         for value, result in found.items():

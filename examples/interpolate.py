@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Go from one learned token to another along the sphere, and draw the way as a strip of pictures.
+"""Interpolate between two learned tokens on the sphere, and draw the path as a strip of pictures.
 
     python examples/interpolate.py out/my-dog out/my-cat --output_dir out/dog-to-cat \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --prompt "a photo of a {} on the beach"
 
-Embeddings of one norm lie on a sphere, and what is between two of them is found by spherical linear interpolation
-(https://arxiv.org/abs/2512.13672, "Interpolation"), for each text encoder and each vector by itself:
+Embeddings of the same norm lie on a sphere. Spherical linear interpolation gives the embeddings between two of them
+(https://arxiv.org/abs/2512.13672, "Interpolation"), separately for each text encoder and each vector:
 
     v(t) = [sin((1 - t) theta) v1 + sin(t theta) v2] / sin theta,   e(t) = m* v(t),   theta = angle(v1, v2)
 
-m* is the norm of the two ends. Where these have different norms, as Textual Inversion's have, that is said and e(t) takes a
-norm in between, (1 - t) |e1| + t |e2|, so that the ends stay what they are; --magnitude takes another, such as the model's.
+m* is the norm of the two ends. If their norms differ, as with Textual Inversion, a note says so, and e(t) has the norm
+(1 - t) |e1| + t |e2|, which keeps both ends unchanged. --magnitude sets another norm, such as the model's mean.
 
-Written to --output_dir: a folder `t-0.350` and so on for each t, with the embedding in every format and, with --prompt, its
-pictures; then `strip.png`, and with --animation also `animation.gif` or `.webp`. The ratios are the paper's, or evenly
-spaced by --num. --linear shows linear interpolation of the embeddings themselves for comparison: it cuts through the
-sphere, and the norm sinks on the way. Without --prompt no model is needed.
+Written to --output_dir: one folder per t, such as `t-0.350`, with the embedding in every format and, with --prompt, its
+pictures; then `strip.png`, and with --animation also `animation.gif` or `.webp`. The ratios are the paper's, or `--num`
+evenly spaced ones. --linear adds linear interpolation of the embeddings for comparison: it leaves the sphere, and the norm
+falls between the ends. Without --prompt no model is needed.
 """
 
 import argparse
@@ -69,9 +69,9 @@ from rescale import chosen_magnitudes, magnitude_rule, magnitudes
 
 
 PAPER_RATIOS = (0.0, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 1.0)
-PARALLEL = 1e-4  # radians; below it the two directions are as good as one
-ANTIPODAL = 1e-3  # radians; this close to opposite no way between them is better than another
-EQUAL_NORMS = 1e-3  # relative; norms that differ by less do so by rounding
+PARALLEL = 1e-4  # radians; directions at a smaller angle count as equal
+ANTIPODAL = 1e-3  # radians; so close to opposite, no path between the directions is the shortest
+EQUAL_NORMS = 1e-3  # relative; a smaller difference between norms is rounding
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,28 +88,28 @@ def directions(e: torch.Tensor) -> torch.Tensor:
 
 
 def angle(v1: torch.Tensor, v2: torch.Tensor) -> torch.Tensor:
-    """Angles (...,) in radians between unit rows (..., d), exact also where they are nearly parallel or opposite."""
+    """Angles (...,) in radians between unit rows (..., d), accurate also for nearly parallel or opposite rows."""
     return 2 * torch.atan2((v1 - v2).norm(dim=-1), (v1 + v2).norm(dim=-1))
 
 
 def slerp(v1: torch.Tensor, v2: torch.Tensor, t: float) -> torch.Tensor:
-    """Spherical linear interpolation between directions: at `t` the row has turned by t theta from `v1` towards `v2`.
+    """Spherical linear interpolation: at `t` the direction has turned by t theta from `v1` towards `v2`.
 
     Args:
-        v1, v2: (..., d), normalised here, so they may be of any norm but zero.
+        v1, v2: (..., d), of any norm but zero; they are normalised here.
         t: 0 is `v1`, 1 is `v2`.
 
-    Returns unit rows (..., d) in the type of `v1`; the arithmetic is float64. Where theta is below 1e-4 radians, v1 and v2
-    are interpolated linearly and normalised instead.
+    Returns unit rows (..., d) in the dtype of `v1`; the arithmetic is float64. If theta is below 1e-4 radians, v1 and v2
+    are interpolated linearly and normalised.
 
     Raises:
-        ValueError: where two rows are opposite, for then every way round the sphere is as short, or one is zero.
+        ValueError: if two rows are opposite (then no path is the shortest) or one is zero.
     """
     first, second = directions(v1), directions(v2)
     theta = angle(first, second).unsqueeze(-1)
     if (theta > math.pi - ANTIPODAL).any():
-        raise ValueError("the vectors point in opposite directions, and no way between them is the shortest")
-    # v(t) = [sin((1 - t) theta) v1 + sin(t theta) v2] / sin theta; the division is part of the normalisation
+        raise ValueError("the vectors point in opposite directions, and no path between them is the shortest")
+    # v(t) = [sin((1 - t) theta) v1 + sin(t theta) v2] / sin theta; `directions` does the division
     near = theta < PARALLEL
     weight_1 = torch.where(near, 1 - t, torch.sin((1 - t) * theta))
     weight_2 = torch.where(near, t, torch.sin(t * theta))
@@ -117,10 +117,10 @@ def slerp(v1: torch.Tensor, v2: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def check_ends(first: Embedding, second: Embedding) -> None:
-    """Refuse two embeddings that have no way between them. Raises EmbeddingError."""
+    """Refuse two embeddings that cannot be interpolated. Raises EmbeddingError."""
     if first.family != second.family:
         raise EmbeddingError(
-            f"{first.token} is of {first.family} and {second.token} of {second.family}: give two of one."
+            f"{first.token} is for {first.family} and {second.token} for {second.family}: give two for the same model."
         )
     for encoder, e1 in first.vectors.items():
         e2 = second.vectors[encoder]
@@ -131,12 +131,14 @@ def check_ends(first: Embedding, second: Embedding) -> None:
             )
         if e1.shape != e2.shape:
             widths = f"{e1.shape[-1]} and {e2.shape[-1]}"
-            raise EmbeddingError(f"{first.token} and {second.token} are of width {widths}: they are of two models.")
+            raise EmbeddingError(
+                f"{first.token} and {second.token} have the widths {widths}: they are for two different models."
+            )
         opposite = angle(directions(e1), directions(e2)) > math.pi - ANTIPODAL
         if opposite.any():
             raise EmbeddingError(
                 f"{first.token} and {second.token} point in opposite directions (vector {opposite.int().argmax() + 1} of"
-                f" {encoder}, antipodal): no way between them is the shortest. Go by way of a third embedding."
+                f" {encoder}, antipodal): no path between them is the shortest. Go through a third embedding."
             )
 
 
@@ -144,10 +146,10 @@ def interpolate(first: Embedding, second: Embedding, t: float, m: dict[str, floa
     """The embedding at `t` between two, e(t) = m* v(t), with the name and metadata of the first.
 
     Args:
-        m: m* by text encoder. None takes (1 - t) |e1| + t |e2| for each vector, which is m* where both have it; then the
-            ends are the two embeddings to the bit.
+        m: m* by text encoder. None: (1 - t) |e1| + t |e2| for each vector, which is m* if both have it; then the ends are
+            bit-identical to the two embeddings.
 
-    Raises EmbeddingError where there is no way between them.
+    Raises EmbeddingError if they cannot be interpolated.
     """
     check_ends(first, second)
     if m is None and t in (0, 1):
@@ -161,13 +163,13 @@ def interpolate(first: Embedding, second: Embedding, t: float, m: dict[str, floa
 
 
 def interpolate_linearly(first: Embedding, second: Embedding, t: float) -> Embedding:
-    """(1 - t) e1 + t e2, what one would do without the sphere."""
+    """(1 - t) e1 + t e2, linear interpolation without the sphere."""
     vectors = {x: ((1 - t) * e.double() + t * second.vectors[x].double()).float() for x, e in first.vectors.items()}
     return replace(first, vectors=vectors)
 
 
 def describe(first: Embedding, second: Embedding, free: bool) -> None:
-    """Print the angle and the norms of the two ends; and say so where the norms differ, if nothing else settles m*."""
+    """Print the angle and the norms of the two ends, and a note if the norms differ and --magnitude is not given."""
     for encoder, e1 in first.vectors.items():
         e2 = second.vectors[encoder]
         degrees = ", ".join(f"{x:.2f}" for x in torch.rad2deg(angle(directions(e1), directions(e2))))
@@ -175,7 +177,7 @@ def describe(first: Embedding, second: Embedding, free: bool) -> None:
         print(f"{encoder}: theta {degrees} degrees; norms {norms[0]} and {norms[1]}")
         if free and not torch.allclose(e1.norm(dim=-1), e2.norm(dim=-1), rtol=EQUAL_NORMS, atol=0):
             print(
-                f"Note: the norms of {encoder} differ, so each t takes one in between; --magnitude sets one m*.",
+                f"Note: the norms of {encoder} differ, so each t has a norm in between; --magnitude sets one m*.",
                 file=sys.stderr,
             )
 
@@ -186,7 +188,7 @@ def describe(first: Embedding, second: Embedding, free: bool) -> None:
 
 
 def write_animation(path: Path, rows: list[list[Path]]) -> None:
-    """Go there and back through the columns, all rows side by side, resting at both ends."""
+    """Animate the columns forwards and backwards, with all rows side by side and a pause at both ends."""
     frames = []
     for column in zip(*rows, strict=True):
         images = []
@@ -207,7 +209,7 @@ def write_animation(path: Path, rows: list[list[Path]]) -> None:
 
 
 def draw(args: argparse.Namespace, points: dict[str, list[Embedding]], family: str, prompts: list[str]) -> None:
-    """Draw every prompt and seed at every point of each way ("slerp", "linear"), and put them into the strip."""
+    """Draw every prompt and seed at every point of each path ("slerp", "linear"), and write the strip."""
     device = choose_device(args)
     dtype = choose_dtype(args.dtype, family, device)
     settings = sampling_settings(args, dtype, [])
@@ -216,7 +218,7 @@ def draw(args: argparse.Namespace, points: dict[str, list[Embedding]], family: s
     for path in (strip, animation) if args.animation else (strip,):
         check_ours(path, args.overwrite)
 
-    # All points are loaded at once, each under a word of its own; the pictures' metadata have the word of the files.
+    # All points are loaded at once, each under its own word; the pictures' metadata have the word of the files.
     aliases, jobs, told, rows, labels = [], {}, {}, [], []
     for way, embeddings in points.items():
         aliases += [replace(x, token=f"<{way}-{index}>") for index, x in enumerate(embeddings)]
@@ -238,7 +240,7 @@ def draw(args: argparse.Namespace, points: dict[str, list[Embedding]], family: s
                     rows[-1].append(path)
     drawn = draw_missing(lambda: start_pipeline(args, dtype, device, aliases, []), jobs, args, told)
     write_sheet(strip, rows, labels, [f"t = {t:.3g}" for t in args.ratios])
-    print(f"{drawn} pictures drawn, {len(jobs) - drawn} were there. All of them: {strip}")
+    print(f"{drawn} pictures drawn, {len(jobs) - drawn} kept. All of them: {strip}")
     if args.animation:
         write_animation(animation, rows)
         print(animation)
@@ -267,9 +269,9 @@ def command_line() -> argparse.ArgumentParser:
     # fmt: off
     add("first", type=Path, help="The embedding at t = 0: a run's output folder, or a file in any format.")
     add("second", type=Path, help="The embedding at t = 1.")
-    add("--num", type=number(int, 2), default=None, help="So many evenly spaced ratios from 0 to 1. Default: the paper's.")
+    add("--num", type=number(int, 2), default=None, help="Number of evenly spaced ratios from 0 to 1. Default: the paper's ratios.")
     add("--magnitude", type=end_or_rule, default="ends", metavar="{ends,mean,min,NUMBER}", help="m*: the norm of the ends (default), the mean or minimum of the model's vocabulary, or a number.")
-    add("--token", default=None, help="The word of the results. Default: of both names, <my-dog-my-cat>.")
+    add("--token", default=None, help="The word of the results. Default: both names, as in <my-dog-my-cat>.")
     add("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="Embedding files to write. Default: all.")
     add("--linear", action="store_true", help="Also draw linear interpolation of the embeddings, in a second row.")
     add("--animation", choices=["gif", "webp"], default=None, help="Also write the strip as an animation.")
@@ -299,21 +301,21 @@ def main() -> None:
     prompts = all_prompts(args)
     for prompt in prompts:
         if fill_prompt(prompt, [result.token]) == prompt:
-            raise UserError(f'--prompt {prompt!r} has no "{{}}": it would be the same picture at every t.')
+            raise UserError(f'--prompt {prompt!r} has no "{{}}": its picture would be the same at every t.')
     for option in ("linear", "animation"):
         if getattr(args, option) and not prompts:
-            raise UserError(f"--{option} shows pictures, and there is no --prompt: add one.")
+            raise UserError(f"--{option} needs pictures: add --prompt.")
     model, family = args.pretrained_model_name_or_path, first.family
     if model is None and (prompts or args.magnitude in ("mean", "min")):
         what = "--prompt" if prompts else f"--magnitude {args.magnitude}"
         raise UserError(f"{what} needs a model: add --pretrained_model_name_or_path.")
     if model is not None:
         sources, ends = [args.first, args.second], [first, second]
-        _, tokenizers = check_model_fits(model, args.revision, sources, ends, words=[result])
+        family, tokenizers = check_model_fits(model, args.revision, sources, ends, words=[result])
         note_long_prompts([fill_prompt(prompt, [result.token]) for prompt in prompts], tokenizers, family)
         settle_options(args, family)
     if any((source / LORA_FILE).is_file() for source in (args.first, args.second)):
-        print(f"Note: {LORA_FILE} is left out: only embeddings are interpolated.", file=sys.stderr)
+        print(f"Note: {LORA_FILE} is ignored: only embeddings are interpolated.", file=sys.stderr)
 
     m = None
     if args.magnitude != "ends":

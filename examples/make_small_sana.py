@@ -4,10 +4,10 @@
     python examples/make_small_sana.py --output_dir small
 
 writes `small/sana`, a folder that `SanaPipeline.from_pretrained` loads, and `small/photos`, five pictures of one
-subject. Every part is a stock class in SANA 1.5's layout, with SANA's quirks (Gemma's byte-fallback tokenizer that
-pads left and has ordinary text among its added tokens, an autoencoder that shrinks 32 times and is not variational, a
-DPM-Solver scheduler for a flow model), only narrow and untrained: it shows that everything runs, not what is learned.
-Its pictures are best kept small: `pipe(prompt, height=64, width=64, use_resolution_binning=False)`.
+subject. Every part is a stock class in SANA 1.5's layout, with SANA's peculiarities (Gemma's byte-fallback tokenizer, which
+pads left and has ordinary text among its added tokens; a deterministic autoencoder that reduces 32 times; a DPM-Solver
+scheduler for a flow model), but small and untrained. It shows that everything runs; it learns nothing useful.
+Keep its pictures small: `pipe(prompt, height=64, width=64, use_resolution_binning=False)`.
 """
 
 import argparse
@@ -25,21 +25,23 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 TEXT_WIDTH = 32  # SANA: 2304
 LATENT_CHANNELS = 8  # SANA: 32
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
-TURNS = ["<start_of_turn>", "<end_of_turn>"]  # special too
-# Gemma-2 lists some 240 more added tokens that are not special. What removes "every added token" would remove these.
+TURNS = ["<start_of_turn>", "<end_of_turn>"]  # also special
+# Gemma-2 has some 240 more added tokens that are not special. Code that removes every added token would remove these.
 ORDINARY = ["<mask>", "<unused0>", "\n", "\n\n", "▁▁", "▁▁▁"]
 
 
 def make_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> GemmaTokenizerFast:
-    """Write a Gemma tokenizer that knows all bytes and the words, and load it."""
-    spelled = [[*word] for word in words] + [["▁", *word] for word in words]  # alone, and after a space
+    """Write a Gemma tokenizer with all bytes and the words, and load it."""
+    spelled = [[*word] for word in words] + [
+        ["▁", *word] for word in words
+    ]  # at the start of the text, and after a space
     merges = [("▁", "▁"), ("▁▁", "▁"), *learn_merges(spelled)]
     pieces = [*SPECIAL, *ORDINARY[:2], *TURNS, *ORDINARY[2:], *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [chr(code) for code in range(ord("!"), ord("~") + 1)] + ["".join(merge) for merge in merges]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
 
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")  # no space is put in front of the text
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")  # no space is added before the text
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -73,7 +75,7 @@ def make_text_encoder(vocabulary: int) -> Gemma2Model:
 
 
 def make_autoencoder() -> AutoencoderDC:
-    """SANA's autoencoder: six stages, hence 32 times smaller, with attention in the last three."""
+    """SANA's autoencoder: six stages, so latents are 32 times smaller, with attention in the last three."""
     blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     widths = (8, 8, 8, 8, 16, 16)
     scales = ((),) * 3 + ((5,),) * 3
@@ -106,7 +108,7 @@ def make_pipeline(folder: Path, seed: int = 0) -> SanaPipeline:
         num_layers=2,
         num_cross_attention_heads=2,
         cross_attention_head_dim=16,
-        cross_attention_dim=32,  # heads x width of a head, of both attentions
+        cross_attention_dim=32,  # heads x width per head, for both attentions
         caption_channels=TEXT_WIDTH,
         sample_size=32,
         qk_norm="rms_norm_across_heads",  # as in SANA 1.5; SANA 1.0 has none
@@ -115,11 +117,13 @@ def make_pipeline(folder: Path, seed: int = 0) -> SanaPipeline:
     pipeline = SanaPipeline(tokenizer, make_text_encoder(len(tokenizer)), make_autoencoder(), transformer, scheduler)
     pipeline.save_pretrained(folder)
 
-    # transformers 5 calls the class GemmaTokenizer, a name that transformers 4 keeps for one that needs sentencepiece.
+    # transformers 5 names the class GemmaTokenizer. In transformers 4 this name is a class that needs sentencepiece.
     index = json.loads((folder / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "GemmaTokenizerFast"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    make_tokenizer(folder / "tokenizer")  # as first written: each version of transformers rewrites it in its own way
+    make_tokenizer(
+        folder / "tokenizer"
+    )  # again: save_pretrained rewrites it, differently in each version of transformers
     return pipeline
 
 

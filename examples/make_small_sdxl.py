@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Make a small random SDXL pipeline and a few rendered photographs, to try the training script with nothing to download.
+"""Make a small random SDXL pipeline and a few rendered photographs, to try the training script without downloads.
 
     python examples/make_small_sdxl.py --output_dir small
 
 writes `small/sdxl`, a folder that `StableDiffusionXLPipeline.from_pretrained` loads, and `small/photos`, five pictures of
-one subject. Every part is a stock class in SDXL's layout, with SDXL's quirks (the second encoder's `eos_token_id: 2`, its
-padding with "!", zeros for the empty prompt), only narrow and untrained: it shows that everything runs, not what is
-learned. `--model sd` makes `small/sd` instead, a Stable Diffusion 1 for train_dti_sd.py.
+one subject. Every part is a stock class in SDXL's layout, with SDXL's peculiarities (the second encoder's `eos_token_id: 2`,
+its padding with "!", zeros for the empty prompt), but small and untrained. It shows that everything runs; it learns nothing
+useful. `--model sd` makes `small/sd` instead, a Stable Diffusion 1 for train_dti_sd.py.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-# Words that become one token each. Every other text is spelled out byte by byte.
+# Words of one token each. Any other text is encoded byte by byte.
 WORDS = (
     "a an the of in on with and my photo picture dog cat teapot vase toy stuffed animal clock painting style".split()
 )
@@ -38,14 +38,14 @@ TEXT_WIDTHS = (32, 48)  # SDXL: 768 and 1280
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters by which CLIP's byte-level BPE writes the 256 bytes, in the order of its vocabulary."""
+    """The 256 printable characters that stand for the 256 bytes in CLIP's byte-level BPE, in vocabulary order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = range(256, 256 + 256 - len(printable))  # the unprintable bytes move above the first 256 code points
     return [chr(code) for code in (*printable, *moved)]
 
 
 def learn_merges(spelled: list[list[str]]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the commonest pair first, that make each of the words, spelled in pieces, one token."""
+    """Byte-pair merges, most common pair first, that turn each word (given in pieces) into one token."""
     merges = []
     while any(len(pieces) > 1 for pieces in spelled):
         pairs = Counter(pair for pieces in spelled for pair in itertools.pairwise(pieces))
@@ -66,7 +66,7 @@ def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def make_tokenizer(folder: Path, pad_token: str, words: Sequence[str] = WORDS) -> CLIPTokenizer:
-    """Write a CLIP tokenizer that knows all bytes and the words, and load it."""
+    """Write a CLIP tokenizer with all bytes and the words, and load it."""
     symbols = byte_symbols()
     merges = learn_merges([[*word[:-1], word[-1] + "</w>"] for word in words])
     vocabulary = symbols + [symbol + "</w>" for symbol in symbols]
@@ -143,7 +143,7 @@ def make_pipeline(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
     torch.manual_seed(seed)
     tokenizers = [make_tokenizer(folder / "tokenizer", "<|endoftext|>"), make_tokenizer(folder / "tokenizer_2", "!")]
     vocabulary = len(tokenizers[0])
-    # Both of SDXL's text encoders say 2 where the end token is meant; transformers then pools at the highest token id.
+    # Both of SDXL's text encoders have eos_token_id 2 instead of the end token's: transformers pools at the highest id.
     text_encoder = make_text_encoder(TEXT_WIDTHS[0], vocabulary, CLIPTextModel, eos_token_id=2)
     text_encoder_2 = make_text_encoder(TEXT_WIDTHS[1], vocabulary, CLIPTextModelWithProjection, eos_token_id=2)
     unet = make_unet(

@@ -1,4 +1,4 @@
-"""Photographs for the other examples, which find and decode them by the training scripts' own functions."""
+"""Find and decode photographs with the training scripts' own functions, for the other examples."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ from train_dti_sdxl import same_name  # noqa: E402, F401
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture, upright and in sRGB, transparency over white. Raises UserError."""
+    """Read a picture: upright, in sRGB, with transparent parts over white. Raises UserError."""
     try:
         return training.open_image({"path": str(path), "bytes": None})
     except training.UserError as error:
@@ -29,7 +29,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def pictures_in(folder: Path, option: str) -> list[Path]:
-    """The pictures in a folder, by name; `option` is what gave it. Raises UserError."""
+    """The pictures in a folder, sorted by name. `option` is named in errors. Raises UserError."""
     try:
         return training.find_images(folder, option)
     except training.UserError as error:
@@ -37,7 +37,7 @@ def pictures_in(folder: Path, option: str) -> list[Path]:
 
 
 def open_mask(path: Path, picture: Image.Image) -> Image.Image:
-    """A picture's mask in grey, white where the subject is. Raises UserError for one that does not fit it."""
+    """Read a picture's mask in grey, white on the subject. Raises UserError if it does not fit the picture."""
     try:
         mask = training.open_image({"path": str(path), "bytes": None}, convert=training.grey_mask)
         training.check_mask(mask, picture.size, str(path))
@@ -47,7 +47,7 @@ def open_mask(path: Path, picture: Image.Image) -> Image.Image:
 
 
 def check_apart(output_dir: Path, folder: Path) -> None:
-    """Refuse to write where the pictures are that are read. Raises UserError."""
+    """Refuse an output folder that is, contains or is inside the pictures' folder. Raises UserError."""
     try:
         training.check_apart(output_dir, folder)
     except training.UserError as error:

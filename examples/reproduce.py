@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Repeat the paper's Tables 2 and 3 in the miniature world: train every method on several concepts, and compare.
+"""Reproduce the paper's Tables 2 and 3 in the miniature world: train every method on several concepts and compare.
 
     python examples/reproduce.py --output_dir reproduction
 
-Each concept's five pictures are in one place, as people's photographs are, which a seed has chosen before any method runs.
-Eight concepts and three seeds for the methods of Table 2, with four vectors and with one; four concepts and two seeds for
-the ablations of Table 3 and for further settings. The settings are those of the authors' launchers (`--preset released`);
-the printed ones, pictures in several places, the class word alone and a description in words are rows of their own. Each
-run is the training script's, by train_many.py; each is evaluated by evaluate.py with 40 prompts, at guidance scales 5 and
-1.5, some of them at several steps. Runs share the processor's cores (`--jobs`) or take turns on a GPU, and whatever is
-finished is not done again: stop it and start it as you like.
+Each concept's five pictures show one place, as people's photographs often do. A seed chooses the place before any method
+runs. Table 2 uses eight concepts and three seeds, with four vectors and with one. The ablations of Table 3 and further
+settings use four concepts and two seeds. The settings are those of the authors' launchers (`--preset released`). Separate
+rows have the printed settings, pictures in several places, the class word alone, and a description in words. train_many.py
+runs the training script. evaluate.py evaluates each run with 40 prompts at guidance scales 5 and 1.5, some runs at several
+steps. Runs share the processor's cores (`--jobs`) or take turns on a GPU. A repeated run skips finished work, so the script
+can be stopped and restarted at any time.
 
-Written to --output_dir: `report.md` with the tables beside the paper's and its orderings one by one, `report.json`, plots
-(image against text score, the fronts over the steps, and the scores over the norm), `runs/<concept>/<method>-<seed>` and
-`evaluations/<setting>/<concept>` with contact sheets.
+Written to --output_dir: `report.md` with the tables beside the paper's and a comparison of each of its orderings,
+`report.json`, plots (image against text score, both scores over the steps, and over the norm),
+`runs/<concept>/<method>-<seed>` and `evaluations/<setting>/<concept>` with contact sheets.
 
-Sections: 1 options, 2 methods and what the paper says of them, 3 training, 4 evaluation, 5 report, 6 main.
+Sections: 1 options, 2 methods and the paper's results, 3 training, 4 evaluation, 5 report, 6 main.
 """
 
 import argparse
@@ -64,16 +64,16 @@ SCRIPT = EXAMPLES.parent / "train_dti_sdxl.py"
 
 # fmt: off
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """What a comparison of trainings needs, whatever it compares: sweep.py has the same."""
+    """Add the options of every comparison of trainings, shared with sweep.py."""
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="Where everything is written, and gone on from.")
+    add("--output_dir", type=Path, required=True, help="Output folder. A repeated run continues in it.")
     add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with the pipeline, siglip, dinov2 and classifiers.")
-    add("--num_vectors", type=at_least(int, 1), default=4, help="Of a learned word, but for the rows that have one. A word of this world states one attribute, a subject has up to five.")
-    add("--place_seed", type=at_least(int, 0), default=0, help="Chooses the place of each concept's pictures.")
+    add("--num_vectors", type=at_least(int, 1), default=4, help="Vectors per learned word, except in rows with one vector. A word of this world states one attribute; a subject has up to five.")
+    add("--place_seed", type=at_least(int, 0), default=0, help="Seed that chooses the place of each concept's pictures.")
     add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
-    add("--num_inference_steps", type=at_least(int, 1), default=25, help="Of every picture.")
-    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Of the pictures, as evaluate.py has it. Some processors multiply bf16 matrices far faster.")
-    add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Processes at a time. Default: one a core, one on a GPU.")
+    add("--num_inference_steps", type=at_least(int, 1), default=25, help="Sampling steps of every picture.")
+    add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision for sampling, as in evaluate.py. Some processors multiply bf16 matrices far faster.")
+    add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Parallel processes. Default: one per core, or one on a GPU.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -83,12 +83,12 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--concepts", type=at_least(int, 2), default=8, help="Concepts for Table 2.")
     add("--seeds", type=at_least(int, 1), default=3, help="Training seeds for Table 2.")
-    add("--ablation_concepts", type=at_least(int, 0), default=4, help="Concepts for Table 3; 0: Table 2 alone.")
+    add("--ablation_concepts", type=at_least(int, 0), default=4, help="Concepts for Table 3. 0: only Table 2.")
     add("--ablation_seeds", type=at_least(int, 1), default=2, help="Training seeds for Table 3.")
-    add("--max_train_steps", type=at_least(int, 1), help="Of every run, for a trial. Default: each method's own.")
-    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="One evaluation for each.")
-    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Pictures of each prompt. Paper: four.")
-    add("--prompts", default="world", help="As evaluate.py has them.")
+    add("--max_train_steps", type=at_least(int, 1), help="Steps of every run, for a trial. Default: each method's own.")
+    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="Guidance scales, one evaluation each.")
+    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Seeds of the pictures of each prompt. Paper: four seeds.")
+    add("--prompts", default="world", help="Prompts, as in evaluate.py.")
     return parser
 # fmt: on
 
@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_concepts(count: int) -> None:
-    """Refuse more concepts than there are. Raises UserError."""
+    """Refuse more concepts than the world has. Raises UserError."""
     available = sum(concept.subject is not None for concept in miniature("world").CONCEPTS.values())
     if count > available:
         raise UserError(f"--concepts {count}: the world has {available} subjects among its concepts.")
@@ -125,12 +125,12 @@ def check_models(folder: Path, model: str) -> Path:
         "classifiers/model.safetensors",
     ):
         if not (folder / name).is_file():
-            raise UserError(f"--models {folder} has no {name}: give the folder that train_models.py has filled.")
+            raise UserError(f"--models {folder} has no {name}: give the output folder of train_models.py.")
     return folder / model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Methods and what the paper says of them
+# 2. Methods and the paper's results
 # ----------------------------------------------------------------------------------------------------------------------
 
 AUTHORS = "--preset=released"
@@ -144,12 +144,12 @@ class Method:
 
     Attributes:
         options: the training script's, as --OPTION=VALUE.
-        paper: its image and text score on SDXL in the paper, where it is there.
-        of: for a finished embedding treated otherwise, the method that it is of.
-        words: not trained; the concept's attribute (`initializer` or `description`) whose words stand for it.
-        at: steps at which it is evaluated on the way, on the concepts and seeds of the ablations.
-        ablation: for Table 3's concepts and seeds only.
-        several: trained on pictures each in a place of its own.
+        paper: image and text score on SDXL in the paper, if given there.
+        of: the method whose embedding is rescaled, for a method without its own training.
+        words: for an untrained method, the concept's attribute (`initializer` or `description`) that replaces the token.
+        at: intermediate steps to evaluate, on the concepts and seeds of the ablations.
+        ablation: only for Table 3's concepts and seeds.
+        several: trained on pictures that each show another place.
     """
 
     name: str
@@ -177,7 +177,7 @@ TABLE_3 = (
     Method("AdamW", f"{AUTHORS} --optimizer=adamw", (0.335, 0.463), ablation=True),
     Method("m* min", f"{AUTHORS} --magnitude=min", (0.030, 0.074), ablation=True),
     Method("m* 5 x mean", f"{AUTHORS} --magnitude=5mean", ablation=True),
-    # The paper's 5.0 is 12 times the mean.
+    # The paper's magnitude 5.0 is 12 times the mean.
     Method("m* 10 x mean", f"{AUTHORS} --magnitude=10mean", (0.383, 0.373), ablation=True),
     Method("kappa 0", f"{AUTHORS} --kappa=0", (0.507, 0.436), ablation=True),
     Method("kappa 5e-4", f"{AUTHORS} --kappa=5e-4", (0.278, 0.688), ablation=True),
@@ -208,7 +208,7 @@ def one_vector(name: str) -> str:
 METHODS = (*TABLE_2, *map(with_one_vector, TABLE_2), *TABLE_3, *OTHERS)
 FRONT = ("TI", "TI, printed", "CrossInit", "DTI", "DTI, our default", "DTI, --preset fast")
 
-# The paper's orderings on SDXL: by this measure the first is above the second.
+# The paper's orderings on SDXL: in this measure, the first method is above the second.
 ORDERINGS = (
     ("text", "DTI", "TI"),
     ("text", "DTI", "CrossInit"),
@@ -238,7 +238,7 @@ ORDERINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a method's on a concept from a seed. What is not trained has one run, of seed 0."""
+    """One training of a method on a concept with a seed. An untrained method has one run, with seed 0."""
 
     method: Method
     concept: str
@@ -253,13 +253,13 @@ class Run:
         return args.output_dir / "runs" / self.concept / f"{name}-{self.seed}"
 
     def pictures(self, args: argparse.Namespace) -> Path:
-        """Folder of the pictures that it learns from."""
+        """Folder of the training pictures."""
         return (
             args.output_dir / "concepts" / (f"{self.concept}-several-places" if self.method.several else self.concept)
         )
 
     def row(self, args: argparse.Namespace) -> dict[str, str]:
-        """The run as train_many.py has it: its name, and the script's options for it alone."""
+        """The run as a row for train_many.py: its name and its options of the training script."""
         row = {
             "name": self.folder(args).relative_to(args.output_dir / "runs"),
             "instance_data_dir": self.pictures(args),
@@ -279,7 +279,7 @@ def subjects() -> list[str]:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All runs, a concept's methods together, Table 2 before the ablations."""
+    """All runs, grouped by concept, Table 2 before the ablations."""
     runs = []
     for ablation, count, seeds in (
         (False, args.concepts, args.seeds),
@@ -292,17 +292,17 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 
 def call(command: list[str], log: Path) -> None:
-    """Run a command on one core. Raises UserError with the end of what it said."""
+    """Run a command on one core. Raises UserError with the last line of its output."""
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(result.stdout + result.stderr, encoding="utf-8")
     if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["nothing was said"])[-1]
-        raise UserError(f"{Path(command[1]).name} failed: {last} (all that it said: {log})")
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{Path(command[1]).name} failed: {last} (full output: {log})")
 
 
 def in_parallel(tasks: list, work, jobs: int, what: str) -> None:
-    """Do all tasks, several at a time, and say how long it will take. A failure ends the rest."""
+    """Run all tasks, `jobs` at a time, and print the estimated time left. A failure cancels the rest."""
     began = time.time()
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(work, task) for task in tasks]
@@ -327,7 +327,7 @@ def write_photographs(runs: list[Run], args: argparse.Namespace) -> None:
 
 
 def keep_options(args: argparse.Namespace, *names: str) -> None:
-    """Refuse to go on in a folder whose runs had other options, and note these. Raises UserError."""
+    """Save the options, and refuse to continue in a folder whose runs had other values. Raises UserError."""
     path, given = args.output_dir / "options.json", {name: getattr(args, name) for name in names}
     noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name, value in given.items():
@@ -339,7 +339,7 @@ def keep_options(args: argparse.Namespace, *names: str) -> None:
 
 
 def train_all(runs: list[Run], args: argparse.Namespace) -> None:
-    """Train what is not finished, the runs shared by --jobs processes. Raises UserError."""
+    """Train the unfinished runs with --jobs processes. Raises UserError."""
     write_photographs(runs, args)
     trained = [item for item in runs if item.method.trained]
     write_files({args.output_dir / "runs.json": json.dumps([item.row(args) for item in trained]).encode()})
@@ -357,16 +357,16 @@ def train_all(runs: list[Run], args: argparse.Namespace) -> None:
         options["max_train_steps"] = args.max_train_steps
     command += [str(EXAMPLES / "train_many.py"), *(f"--{name}={value}" for name, value in options.items())]
     log = args.output_dir / "train.log"
-    print(f"{len(trained)} runs; {log} tells how far they are", flush=True)
+    print(f"{len(trained)} runs; {log} shows the progress", flush=True)
     with log.open("wb") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment)
     if result.returncode:
-        raise UserError(f"train_many.py: a run failed; which one and why is in {log}.")
+        raise UserError(f"train_many.py: a run failed; see {log}.")
 
 
 def write_words(runs: list[Run], args: argparse.Namespace) -> None:
-    """Write the rows of the vocabulary that spell a concept's words as if they had been learned."""
+    """Write the vocabulary rows of a concept's words as embeddings, as if they were learned."""
     matrices = {}
     for item in runs:
         if item.method.words:
@@ -389,7 +389,7 @@ def write_words(runs: list[Run], args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """How pictures are sampled: all methods at each guidance scale, and a few pooled as a stock pipeline does."""
+    """How pictures are sampled: all methods at each guidance scale, and a few with a stock pipeline's pooling."""
 
     guidance_scale: float
     pooling: str = "eos"
@@ -399,7 +399,7 @@ class Setting:
         return f"guidance-{self.guidance_scale:g}" + ("-stock" if self.pooling == "stock" else "")
 
 
-POOLING_METHODS = ("TI", "DTI")  # sampled with stock pooling too, at the last guidance scale
+POOLING_METHODS = ("TI", "DTI")  # also sampled with stock pooling, at the last guidance scale
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
@@ -412,7 +412,7 @@ def evaluation_folder(setting: Setting, concept: str, args: argparse.Namespace) 
 
 
 def ablated(item: Run, args: argparse.Namespace) -> bool:
-    """Whether the run is of the concepts and seeds of the ablations."""
+    """Whether the run has a concept and seed of the ablations."""
     return item.concept in subjects()[: args.ablation_concepts] and item.seed < args.ablation_seeds
 
 
@@ -421,7 +421,7 @@ def at_step(method: str, step: int) -> str:
 
 
 def embeddings_of(setting: Setting, item: Run, args: argparse.Namespace) -> dict[str, Path]:
-    """What is evaluated of a run: by label, the finished embedding and those on the way."""
+    """The embeddings of a run to evaluate, by label: the final one and those at intermediate steps."""
     folder, method = item.folder(args), item.method
     if setting.pooling == "stock":
         return {item.label: folder} if method.name in POOLING_METHODS and ablated(item, args) else {}
@@ -433,7 +433,7 @@ def embeddings_of(setting: Setting, item: Run, args: argparse.Namespace) -> dict
 
 
 def evaluate_concept(task: tuple[Setting, str, list[Run]], args: argparse.Namespace) -> None:
-    """All of a concept's embeddings by evaluate.py, in one process."""
+    """Evaluate all embeddings of a concept by evaluate.py, in one process. Raises UserError."""
     setting, concept, runs = task
     folder = evaluation_folder(setting, concept, args)
     rows = io.StringIO()
@@ -461,7 +461,7 @@ RESCALED = {method.of: method.name for method in METHODS if method.of}
 
 
 def evaluate_all(runs: list[Run], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """The records of all pictures by setting, with the method's name in place of the run's."""
+    """Evaluate all runs. Returns the pictures' records by setting, labelled with the method instead of the run."""
     tasks = []
     for setting in settings_of(args):
         chosen = [item for item in runs if embeddings_of(setting, item, args)]
@@ -486,7 +486,7 @@ SHOWN = ("image", "text", "cosine", "said", "kept")
 
 
 def concept_means(records: list[dict], method: str, measure: str) -> dict[str, float]:
-    """The measure's mean by concept, over seeds, prompts and pictures."""
+    """The mean of a measure by concept, over seeds, prompts and pictures."""
     values = {}
     for record in records:
         if record["method"] == method and measure in record:
@@ -495,7 +495,7 @@ def concept_means(records: list[dict], method: str, measure: str) -> dict[str, f
 
 
 def paired(records: list[dict], measure: str, above: str, below: str) -> dict | None:
-    """Difference of two methods, with its 95% interval over the concepts that both have."""
+    """The difference of two methods, with a 95% interval over their common concepts."""
     a, b = concept_means(records, above, measure), concept_means(records, below, measure)
     common = [name for name in a if name in b]
     return interval(a[name] - b[name] for name in common) if common else None
@@ -510,7 +510,7 @@ def verdict(difference: dict | None) -> str:
 
 
 def table(records: list[dict], methods: list[str]) -> str:
-    """A row a method: concepts, the measures with their intervals, and the paper's two scores."""
+    """One row per method: number of concepts, measures with intervals, and the paper's two scores."""
     paper = {method.name: method.paper for method in METHODS}
     rows = []
     for name in methods:
@@ -524,7 +524,7 @@ def table(records: list[dict], methods: list[str]) -> str:
 
 
 def orderings(records: list[dict]) -> tuple[str, list[dict]]:
-    """The paper's orderings by the scores, and by the share of attributes that are right, which is less noisy."""
+    """Check the paper's orderings by the scores, and by the share of correct attributes, which is less noisy."""
     rows, found = [], []
     for measure, above, below in ORDERINGS:
         other = {"text": "said", "image": "kept"}[measure]
@@ -550,7 +550,7 @@ def commit() -> str:
 
 
 def facts_of(args: argparse.Namespace) -> dict[str, str]:
-    """Where a report comes from."""
+    """The origin of a report: date, commit, machine, versions and sampling."""
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     seeds = ", ".join(map(str, args.picture_seeds))
     return {
@@ -564,7 +564,7 @@ def facts_of(args: argparse.Namespace) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method over its steps: the points (attributes right, image score, mean norm of the embeddings) in their order."""
+    """A method over its steps: share of correct attributes, image score and mean norm of the embeddings at each step."""
 
     name: str
     steps: list[int]
@@ -574,7 +574,7 @@ class Curve:
 
 
 def curves(records: list[dict], runs: list[Run], args: argparse.Namespace) -> list[Curve]:
-    """Each method of FRONT that was evaluated at several steps or ended once, over the ablations' concepts and seeds."""
+    """The curve of each evaluated method of FRONT, over the ablations' concepts and seeds."""
     found = []
     for name in FRONT:
         mine = [item for item in runs if item.method.name == name and ablated(item, args)]
@@ -600,12 +600,12 @@ def steps_of(runs: list[Run], args: argparse.Namespace) -> int:
 
 
 def mean_norm(path: Path) -> float:
-    """Mean norm of an embedding's vectors, over its text encoders."""
+    """The mean norm of an embedding's vectors over its text encoders."""
     return torch.cat([rows.norm(dim=-1) for rows in read_embedding(path).vectors.values()]).mean().item()
 
 
 def draw_curves(curves: list[Curve]) -> tuple[bytes, bytes]:
-    """Image score against attributes over the steps, a curve a method; and both against the norm of plain TI's embeddings."""
+    """Two plots: image score against attributes, one curve per method; and both against the norm of TI's embeddings."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -615,14 +615,14 @@ def draw_curves(curves: list[Curve]) -> tuple[bytes, bytes]:
         axes.plot(curve.said, curve.image, "o-", label=curve.name)
         for step, x, y in zip(curve.steps, curve.said, curve.image, strict=True):
             axes.annotate(str(step), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="attributes of the prompt that are right", ylabel="image score")
+    axes.set(xlabel="share of the prompt's attributes that are right", ylabel="image score")
     axes.legend(fontsize=8)
     left = norms.subplots()
     right = left.twinx()
     for number, curve in enumerate(curve for curve in curves if curve.name.startswith("TI")):
         left.plot(curve.norms, curve.said, "o-", color=f"C{number}", label=f"attributes right, {curve.name}")
         right.plot(curve.norms, curve.image, "o--", color=f"C{number}", label=f"image score, {curve.name}")
-    left.set(xlabel="mean norm of the embedding", ylabel="attributes of the prompt that are right (line)")
+    left.set(xlabel="mean norm of the embedding", ylabel="share of the prompt's attributes that are right (line)")
     right.set(ylabel="image score (dashed)")
     left.legend(loc="lower left", fontsize=8)
     pictures = []
@@ -642,7 +642,7 @@ def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse
     for name, mine in records.items():
         parts += [f"## {name}", ""]
         if name.endswith("-stock"):
-            parts += ["Pooled in sampling as a stock pipeline does, at the new word.", ""]
+            parts += ["Sampled with a stock pipeline's pooling, at the new word.", ""]
             parts += [table(mine, list(POOLING_METHODS)), ""]
             continue
         few = [r for r in mine if r["subject"] in subjects()[: args.ablation_concepts]]

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Rescale a finished embedding to the norm of a model's own words: TI-rescaled, the paper's baseline without training.
+"""Rescale a trained embedding to the norm of a model's vocabulary: TI-rescaled, the paper's baseline without training.
 
     python examples/rescale.py out/my-ti-dog --output_dir out/my-ti-dog-rescaled \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
 
-Textual Inversion's embeddings end with norms of 20 and more, where the vocabulary has about 0.4. This scales every vector
-to m*, the mean norm of the vocabulary of its text encoder (or the minimum, or a number, by --magnitude), and keeps its
+Textual Inversion's embeddings have final norms of 20 and more; the vocabulary's are about 0.4. This script scales every
+vector to m*, the mean norm of its text encoder's vocabulary (or the minimum, or a number, by --magnitude), and keeps its
 direction: e <- m* e / |e|. Without an input it prints the norms of a model's vocabulary:
 
     python examples/rescale.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
 
-Of the model only the vocabularies are read, and those in parts: it needs neither a GPU nor much memory.
+It reads only the model's vocabularies, in parts, so it needs neither a GPU nor much memory.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "SanaPipeline": "sana", "StableDiffusionPipeline": "sd"}
-VOCABULARIES = ("token_embedding.weight", "embed_tokens.weight")  # CLIP's and Gemma's, with a prefix by version
+VOCABULARIES = ("token_embedding.weight", "embed_tokens.weight")  # CLIP and Gemma; the prefix depends on the version
 ROWS_AT_A_TIME = 8192
 
 
@@ -81,7 +81,7 @@ def part_variant(folder: Path, part: str, variant: str | None) -> str | None:
 
 
 def model_index(model: str, revision: str | None = None) -> dict:
-    """The pipeline's model_index.json: its class and those of its parts. Raises UserError."""
+    """The pipeline's model_index.json: its class and the classes of its parts. Raises UserError."""
     option = f"--pretrained_model_name_or_path {model}"
     if Path(model).is_file():
         raise UserError(f"{option} is a file: load it with from_single_file and save_pretrained a folder.")
@@ -97,7 +97,7 @@ def model_index(model: str, revision: str | None = None) -> dict:
 
 
 def model_family(model: str, revision: str | None = None) -> str:
-    """ "sdxl", "sana" or "sd", by the class of the pipeline. Raises UserError for any other."""
+    """ "sdxl", "sana" or "sd", by the pipeline's class. Raises UserError for any other class."""
     name = model_index(model, revision)["_class_name"]
     if name not in FAMILIES:
         raise UserError(f"--pretrained_model_name_or_path {model} is a {name}: give one of {' or '.join(FAMILIES)}.")
@@ -105,7 +105,7 @@ def model_family(model: str, revision: str | None = None) -> str:
 
 
 def find_file(model: str, name: str, revision: str | None) -> Path | None:
-    """A file of the model's folder or Hub repository; None where it has none of that name."""
+    """A file in the model's folder or Hub repository. None if it does not exist."""
     if Path(model).is_dir():
         return Path(model) / name if (Path(model) / name).is_file() else None
     try:
@@ -115,7 +115,7 @@ def find_file(model: str, name: str, revision: str | None) -> Path | None:
 
 
 def read_parts(path: Path, key: str) -> Iterator[torch.Tensor]:
-    """A matrix of a safetensors file, some rows at a time."""
+    """Yield a matrix of a safetensors file in parts."""
     with safe_open(path, "pt") as file:
         matrix = file.get_slice(key)
         for start in range(0, matrix.get_shape()[0], ROWS_AT_A_TIME):
@@ -123,9 +123,9 @@ def read_parts(path: Path, key: str) -> Iterator[torch.Tensor]:
 
 
 def vocabulary(model: str, encoder: str, revision: str | None = None, variant: str | None = None) -> Iterator:
-    """The embedding matrix (V, d) of a text encoder, some rows at a time, as its file has it.
+    """Yield the embedding matrix (V, d) of a text encoder in parts, in the dtype of its file.
 
-    Out of a safetensors file, or of several with an index; where there is none, the whole encoder is loaded.
+    It is read from a safetensors file, or from several with an index. Without one the whole encoder is loaded.
     """
     if variant:
         # As a stock pipeline has it, the plain weights serve where a part has no such variant.
@@ -154,17 +154,17 @@ def vocabulary(model: str, encoder: str, revision: str | None = None, variant: s
     loaded, info = cls.from_pretrained(
         weights_folder(model, revision, variant), subfolder=encoder, output_loading_info=True, **options
     )
-    if any(key.endswith(VOCABULARIES) for key in info["missing_keys"]):  # they would be random
+    if any(key.endswith(VOCABULARIES) for key in info["missing_keys"]):  # the vocabulary would be random
         raise OSError(f"{encoder} has no vocabulary in its weights")
     yield loaded.get_input_embeddings().weight.detach()
 
 
 def row_statistics(parts: Iterator[torch.Tensor]) -> dict[str, float]:
-    """Mean, minimum and maximum of the rows' norms, zero rows left out, and how many of those there are."""
+    """Mean, minimum and maximum of the norms of nonzero rows, the number of zero rows, and the shape."""
     width, norms = 0, []
     for part in parts:
         width = part.shape[-1]
-        # In float32 and some rows at a time, then float64 for the mean: the training scripts' vocabulary_magnitude.
+        # Norms in float32 and in parts, the mean in float64, exactly as in the training scripts' vocabulary_magnitude.
         norms += [rows.float().norm(dim=-1) for rows in part.split(ROWS_AT_A_TIME)]
     norms = torch.cat(norms)
     used = norms[norms > 0].double()
@@ -187,7 +187,7 @@ def magnitudes(model: str, revision: str | None = None, variant: str | None = No
         model: folder or Hub id of a pipeline in diffusers' format.
 
     Raises:
-        UserError: where the model is of another kind, or its files are missing or damaged.
+        UserError: if the model is of another kind, or its files are missing or damaged.
     """
     family = model_family(model, revision)
     found = {}
@@ -220,20 +220,20 @@ def magnitude_rule(text: str) -> str | float:
 
 
 def chosen_magnitudes(found: dict[str, dict[str, float]], rule: str | float) -> dict[str, float]:
-    """m* of each text encoder, by the rule of --magnitude."""
+    """m* of each text encoder, for the value of --magnitude."""
     return {encoder: rule if isinstance(rule, float) else statistics[rule] for encoder, statistics in found.items()}
 
 
 def rescale(embedding: Embedding, magnitudes: dict[str, float]) -> Embedding:
-    """Every vector e of every encoder as m* e / |e|, for m* by encoder. The arithmetic is float64, the result float32.
+    """Scale every vector e to m* e / |e|, with the m* of its encoder. The arithmetic is float64, the result float32.
 
     Raises:
-        EmbeddingError: for a vector of norm zero, and where m* of an encoder is missing.
+        EmbeddingError: for a zero vector, or if the m* of an encoder is missing.
     """
     vectors = {}
     for encoder, e in embedding.vectors.items():
         if encoder not in magnitudes:
-            raise EmbeddingError(f"{embedding.token} has vectors for {encoder}, of which the model has none.")
+            raise EmbeddingError(f"{embedding.token} has vectors for {encoder}, which the model does not have.")
         norm = e.double().norm(dim=-1, keepdim=True)
         if not norm.all():
             raise EmbeddingError(f"{embedding.token} has a vector of zeros for {encoder}: it has no direction.")
@@ -243,7 +243,7 @@ def rescale(embedding: Embedding, magnitudes: dict[str, float]) -> Embedding:
 
 
 def check_fits(embedding: Embedding, widths: dict[str, int], source: Path | str, model: str) -> None:
-    """Refuse an embedding of another family or other widths than the model's. Raises EmbeddingError."""
+    """Refuse an embedding whose family or widths differ from the model's. Raises EmbeddingError."""
     if set(embedding.vectors) != set(widths):
         mine = NAMES[embedding.family] + (", or half of SDXL's pair" if embedding.family == "sd" else "")
         models = "model with one text encoder" if len(widths) == 1 else NAMES["sdxl"]
@@ -274,19 +274,19 @@ def command_line() -> argparse.ArgumentParser:
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--magnitude", type=magnitude_rule, default="mean", metavar="{mean,min,NUMBER}", help="m*; paper: mean.")
-    add("--output_dir", type=Path, default=None, help="Where the files are written.")
-    add("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="What to write. Default: all.")
-    add("--token", default=None, help="Another word for the result.")
-    add("--overwrite", action="store_true", help="Replace files that hold something else.")
+    add("--output_dir", type=Path, default=None, help="Output folder.")
+    add("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="Formats to write. Default: all.")
+    add("--token", default=None, help="New word for the result.")
+    add("--overwrite", action="store_true", help="Replace existing files with other content.")
     return parser
 
 
 def main() -> None:
     args = command_line().parse_args()
     if args.input is not None and args.output_dir is None:
-        raise UserError("--output_dir is missing: say where the rescaled embedding is written.")
+        raise UserError("--output_dir is missing: give a folder for the rescaled embedding.")
     if args.input is None and args.output_dir is not None:
-        raise UserError("--output_dir has nothing to hold: give an embedding to rescale before the options.")
+        raise UserError("--output_dir needs an input: give an embedding to rescale before the options.")
 
     embedding = None if args.input is None else read_embedding(args.input)
     found = magnitudes(args.pretrained_model_name_or_path, args.revision, args.variant)

@@ -1,18 +1,17 @@
 #!/usr/bin/env python
-"""Sweep magnitude, steps, learning rate and schedule in the miniature world, against the whole front of plain Textual Inversion.
+"""Sweep magnitude, steps, learning rate and schedule in the miniature world, against plain Textual Inversion (TI).
 
     python examples/sweep.py --output_dir sweep
     python examples/sweep.py --output_dir sweep --magnitudes 2mean --steps 125 --total_angles 20 --schedules linear \
       --variants "plain=" "batch 1=--train_batch_size=1"
 
-Textual Inversion stopped at its best step is strong, so a setting is held against TI at several steps and both of its rates,
-the printed one and the released one. Every combination is trained on each concept from each seed by train_many.py, that is by
-the model's training script with the models loaded once, and evaluate.py scores it: the subject by the image score, the
-prompts by the share of attributes that are right. A point dominates another that is better by neither. What is finished is
-not done again, so that a coarse sweep can be refined.
+TI is strong if it stops at its best step, so every setting is compared with TI at several steps and at both of its learning
+rates, the printed one and the released one. train_many.py trains every combination on each concept with each seed. evaluate.py
+scores the subject by the image score, and the prompts by the share of correct attributes. A point dominates another point if
+it is better in one score and not worse in the other. A repeated run skips finished work, so a coarse sweep can be refined.
 
-Written to --output_dir: `report.md` and `report.json` with every setting's scores and how many of TI's points it dominates
-and is dominated by, and `front-*.png`.
+Written to --output_dir: `report.md` and `report.json` with every setting's scores, the number of TI's points that it dominates
+and the number that dominate it, and `front-*.png`.
 
 Sections: 1 options, 2 settings, 3 report, 4 main.
 """
@@ -64,7 +63,7 @@ REFERENCES = (
     "TI, printed",
     "DTI",
     "DTI, printed",
-)  # reproduce.py's, whose runs in the same folder are taken over
+)  # reproduce.py's methods: their runs in the same folder are reused
 
 
 # fmt: off
@@ -72,18 +71,18 @@ def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add_common_options(parser)
     add = parser.add_argument
-    add("--model", choices=MODELS, default="sdxl", help="The pipeline's folder in --models, and the script that trains on it.")
-    add("--magnitudes", nargs="+", default=["mean", "2mean", "3mean"], help="Of --magnitude.")
+    add("--model", choices=MODELS, default="sdxl", help="The pipeline's folder in --models, which also decides the training script.")
+    add("--magnitudes", nargs="+", default=["mean", "2mean", "3mean"], help="Values of --magnitude.")
     add("--steps", type=at_least(int, 1), nargs="+", default=[60, 125, 250])
-    add("--total_angles", type=at_least(float, 0), nargs="+", default=[10.0, 20.0], metavar="RADIANS", help="Learning rate times steps: how far a constant rate would turn the token if it always turned one way. Printed: 2.5, released: 16.")
-    add("--schedules", nargs="+", default=["linear"], help="Of --lr_scheduler.")
-    add("--variants", type=named_options, nargs="+", default=[("", "")], metavar="NAME=OPTIONS", help="Further options of the script as --OPTION=VALUE, each with every combination.")
+    add("--total_angles", type=at_least(float, 0), nargs="+", default=[10.0, 20.0], metavar="RADIANS", help="Learning rate times steps: the angle of a constant rate that always turns in one direction. Printed: 2.5, released: 16.")
+    add("--schedules", nargs="+", default=["linear"], help="Values of --lr_scheduler.")
+    add("--variants", type=named_options, nargs="+", default=[("", "")], metavar="NAME=OPTIONS", help="Further options of the script as --OPTION=VALUE. Each variant is combined with every setting.")
     add("--concepts", type=at_least(int, 2), default=4)
     add("--seeds", type=at_least(int, 1), default=3, help="Training seeds.")
-    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="A report for each.")
-    add("--prompts", choices=["world", "world-half"], default="world", help="All 40 of evaluate.py's, or every second one.")
-    add("--several_places", action="store_true", help="Pictures each in a place of its own, instead of all in one.")
-    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Pictures of each prompt.")
+    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="Guidance scales, one report each.")
+    add("--prompts", choices=["world", "world-half"], default="world", help="All 40 prompts of evaluate.py, or every second one.")
+    add("--several_places", action="store_true", help="Place each picture elsewhere, instead of all in one place.")
+    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Seeds of the pictures of each prompt.")
     return parser
 # fmt: on
 
@@ -95,7 +94,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.script = EXAMPLES.parent / f"train_dti_{args.model}.py"
     check_concepts(args.concepts)
     args.stock_pooling = False
-    args.ablation_concepts, args.ablation_seeds = args.concepts, args.seeds  # every run is evaluated on the way
+    args.ablation_concepts, args.ablation_seeds = (
+        args.concepts,
+        args.seeds,
+    )  # every run is also evaluated at intermediate steps
     return args
 
 
@@ -105,13 +107,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def references(several: bool) -> list[Method]:
-    """Plain TI and DTI at the released and the printed rate; TI is looked at on the way too."""
+    """Plain TI and DTI at the released and the printed rate; TI also at intermediate steps."""
     found = [method for method in METHODS if method.name in REFERENCES]
     return [replace(m, name=f"{m.name}, several places", several=True) for m in found] if several else found
 
 
 def settings_of(args: argparse.Namespace) -> list[Method]:
-    """Every setting of the grid as reproduce.py's method."""
+    """Every setting of the grid as a Method of reproduce.py."""
     grid = itertools.product(args.steps, args.total_angles, args.magnitudes, args.schedules, args.variants)
     found = []
     for steps, angle, magnitude, schedule, (variant, options) in grid:
@@ -128,23 +130,23 @@ def settings_of(args: argparse.Namespace) -> list[Method]:
 
 
 def scores(records: list[dict], method: str) -> dict:
-    """Image score and share of the prompt's attributes that are right, with intervals over the concepts."""
+    """Image score and share of the prompt's correct attributes, with intervals over concepts."""
     return {m: interval(concept_means(records, method, m).values()) for m in ("image", "said")}
 
 
 def dominates(a: dict, b: dict) -> bool:
-    """Whether `a` is better than `b` by one score at least and worse by none."""
+    """Whether `a` is better than `b` in at least one score and worse in none."""
     pairs = [(a[m]["mean"], b[m]["mean"]) for m in ("image", "said")]
     return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
 
 def beaten(a: dict, b: dict) -> bool:
-    """Whether `b` dominates `a` by more than the interval of `a` in one score at least."""
+    """Whether `b` dominates `a`, in at least one score by more than the interval of `a`."""
     return dominates(b, a) and any(b[m]["mean"] > (a[m]["high"] or a[m]["mean"]) for m in ("image", "said"))
 
 
 def draw_front(rows: dict[str, dict], curves: dict[str, list[str]]) -> bytes:
-    """Image score against attributes: a curve for each method at several steps, a point for each setting."""
+    """Plot image score against attributes: a curve for each method over its steps, a point for each setting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -158,14 +160,14 @@ def draw_front(rows: dict[str, dict], curves: dict[str, list[str]]) -> bytes:
         axes.plot([x], [y], "k." if name not in on_curves else "")
         axes.annotate(name.rpartition(" @")[2], (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
     axes.margins(x=0.3)
-    axes.set(xlabel="attributes of the prompt that are right", ylabel="image score")
+    axes.set(xlabel="share of the prompt's attributes that are right", ylabel="image score")
     axes.legend()
     FigureCanvasAgg(figure).print_png(content := io.BytesIO())
     return content.getvalue()
 
 
 def table(by_scale: dict[str, dict[str, dict]], names: list[str], front: list[str]) -> str:
-    """A row a setting: both scores at each guidance scale, and how many of TI's points it dominates and is beaten by."""
+    """One row per setting: both scores at each guidance scale, and how many of TI's points it dominates or is beaten by."""
     lines = []
     for name in names:
         line = [name]
@@ -184,15 +186,15 @@ def write_report(records: dict[str, list[dict]], settings: list[Method], args: a
     front = [name for names in curves.values() for name in names]
     names = [*front, *(m.name for m in known if m.name not in curves), *(m.name for m in settings)]
     by_scale = {scale: {name: scores(mine, name) for name in names} for scale, mine in records.items()}
-    pictures = "pictures each in a place of its own" if args.several_places else "pictures in one place"
+    pictures = "each picture in another place" if args.several_places else "pictures in one place"
     training = f"{args.script.name}, {args.num_vectors} vectors, batch {args.train_batch_size}, {pictures}"
     facts = facts_of(args) | {"training": training}
     parts = ["# Settings against plain Textual Inversion's front", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
     parts += [
-        f"{args.concepts} concepts, {args.seeds} seeds; intervals are 95% over concepts. 'over / under TI': how many of"
+        f"{args.concepts} concepts, {args.seeds} seeds; intervals are 95% over concepts. 'over / under TI' counts those of"
     ]
     parts += [
-        f"TI's {len(front)} points a row dominates by its means, and how many dominate it by more than its interval.",
+        f"TI's {len(front)} points that a row dominates by its means, and those that dominate it by more than its interval.",
         "",
     ]
     parts += [table(by_scale, names, front), ""]
@@ -210,7 +212,7 @@ def write_report(records: dict[str, list[dict]], settings: list[Method], args: a
 
 
 def check_runs(runs: list[Run], args: argparse.Namespace) -> None:
-    """Let the script look at every run's options before anything is trained. Raises UserError."""
+    """Let the script check every run's options before training starts. Raises UserError."""
     options = [[f"--{k}={v}" for k, v in item.row(args).items() if k != "name"] for item in runs]
     common = [f"--pretrained_model_name_or_path={args.pipeline}"]
     check_configurations(load_script(args.script), [common + words for words in options])

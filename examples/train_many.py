@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""Train many subjects, each on one process, with the models loaded once a process.
+"""Train many subjects. Each process loads the models once and trains one subject at a time.
 
     accelerate launch --num_processes 4 examples/train_many.py --script train_dti_sdxl.py --subjects subjects.csv \
       --output_dir out --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision bf16
 
-`subjects.csv` has a row for each subject, or `subjects.json` a list of objects, with the training script's option names:
+`subjects.csv` has one row per subject (or `subjects.json` a list of objects), with the training script's option names:
 
     instance_data_dir,placeholder_token,initializer_token
     photos/dog,<my-dog>,dog
     photos/plushie,<my-bear>,stuffed animal
 
-Any other option may be a column too, and options after those above are passed on for every subject. Paths are relative to
-the current folder. A subject is written to `<output_dir>/<name>`, its name being the column `name` or else its folder's.
+Any other option can be a column too. Further options on the command line apply to every subject. Paths are relative to the
+current folder. A subject is written to `<output_dir>/<name>`: the column `name`, or else its folder's name.
 
-Started again, it leaves finished subjects as they are and resumes the others from their checkpoints. A subject that fails
-is reported and does not stop the rest. At the end `<output_dir>/summary.md` tells of all. It exits with status 1 if any failed.
+A repeated run skips finished subjects and resumes the others from their checkpoints. A failed subject is reported and does
+not stop the others. At the end `<output_dir>/summary.md` lists all results. The exit status is 1 if any subject failed.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from export import forgive_output
 
 
 def take_one_device() -> tuple[int, int]:
-    """This process's rank and the number of processes; from here on the process has one device and knows of no others.
+    """Returns this process's rank and the number of processes, and hides the launch from the training script.
 
-    Subjects have nothing to do with each other, so neither have the processes: no process group is set up.
+    Subjects are independent, so each process trains alone on one device, without a process group.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -49,7 +49,7 @@ def take_one_device() -> tuple[int, int]:
 
 
 def load_script(path: Path):
-    """Import the training script, whose `main`, `MODEL_CLASS` and `UserError` are used."""
+    """Import the training script. Its `main`, `MODEL_CLASS` and `UserError` are used."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = script
@@ -58,10 +58,10 @@ def load_script(path: Path):
 
 
 def loading_once(model_class: type) -> type:
-    """The script's model class, but that `load` gives the same parts again where they would be the same.
+    """A subclass of the script's model class whose `load` reuses the loaded parts if the options are the same.
 
-    The last subject's new word and adapters are taken off them before, and they go back to where and to what they were
-    loaded. In half precision, `--init contextual` finds the encoders' other weights rounded all the same.
+    The last subject's new word and adapters are removed first, and the parts go back to their original device and dtype.
+    In half precision the encoders' other weights stay rounded, which `--init contextual` sees.
     """
     kept = {}
 
@@ -83,7 +83,7 @@ def loading_once(model_class: type) -> type:
             for encoder, vocabulary, rows in zip(self.text_encoders, *words, strict=True):
                 encoder.set_input_embeddings(vocabulary)
                 encoder.to("cpu", rows.dtype)
-                vocabulary.weight.data = rows  # with the digits that rounding took
+                vocabulary.weight.data = rows  # with their full precision
             self.vae.to("cpu")
             self.denoiser.to("cpu")
             if hasattr(self.denoiser, "peft_config"):
@@ -94,7 +94,7 @@ def loading_once(model_class: type) -> type:
 
 
 def read_subjects(path: Path) -> list[dict]:
-    """The subjects of a CSV or JSON file, each with a `name` of its own."""
+    """Read the subjects from a CSV or JSON file, each with a unique `name`."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             subjects = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
@@ -107,13 +107,13 @@ def read_subjects(path: Path) -> list[dict]:
     names = [subject["name"] for subject in subjects]
     twice = {name for name in names if names.count(name) > 1}
     if twice or not names:
-        problem = f"{', '.join(sorted(twice))} is there twice: add a column `name`" if twice else "it has no subjects"
+        problem = f"{', '.join(sorted(twice))} occurs twice: add a column `name`" if twice else "it has no subjects"
         sys.exit(f"train_many.py: error: --subjects {path}: {problem}.")
     return subjects
 
 
 def train_subject(script, model_class: type, subject: dict, output_dir: Path, common: list[str]) -> str:
-    """Train one subject unless it is finished. Returns what became of it."""
+    """Train one subject unless it is finished. Returns the result for the summary."""
     folder = output_dir / subject["name"]
     if (folder / "learned_embeds.safetensors").is_file():
         return "finished before"
@@ -124,17 +124,17 @@ def train_subject(script, model_class: type, subject: dict, output_dir: Path, co
     except script.UserError as error:
         return f"failed: {error}"
     except SystemExit as error:
-        if error.code in (130, 143):  # interrupted: go on with this subject next time
+        if error.code in (130, 143):  # interrupted: the next run continues with this subject
             raise
         return f"failed: see above (exit status {error.code})"
-    except Exception as error:  # a subject must not stop the others, whatever happens to it
+    except Exception as error:  # no error of one subject may stop the others
         traceback.print_exc()
         return f"failed: {type(error).__name__}: {error}"
     return "trained"
 
 
 def summarise(output_dir: Path, rank: int, world: int, rows: list[dict]) -> list[dict] | None:
-    """Note this process's rows; the process that is done last gathers all of them into summary.md and returns them."""
+    """Save this process's rows. The last process to finish writes all of them to summary.md and returns them."""
     notes = [output_dir / f".summary-{number}-of-{world}.json" for number in range(world)]
     temporary = notes[rank].with_suffix(".tmp")
     temporary.write_text(json.dumps(rows))
@@ -145,7 +145,7 @@ def summarise(output_dir: Path, rank: int, world: int, rows: list[dict]) -> list
         rows = [row for note in notes for row in json.loads(note.read_text())]
         for note in notes:
             note.unlink()
-    except FileNotFoundError:  # another process was done at the same moment and has gathered them
+    except FileNotFoundError:  # another process finished at the same moment and wrote the summary
         return None
     lines = ["| subject | result | seconds |", "| --- | --- | --- |"]
     lines += [
@@ -161,14 +161,14 @@ def main() -> None:
     parser.add_argument(
         "--script", type=Path, required=True, help="train_dti_sdxl.py, train_dti_sana.py or train_dti_sd.py"
     )
-    parser.add_argument("--subjects", type=Path, required=True, help="CSV or JSON file, a subject a row.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where each subject gets a folder.")
+    parser.add_argument("--subjects", type=Path, required=True, help="CSV or JSON file with one row per subject.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Output folder, with one folder per subject.")
     args, common = parser.parse_known_args()
     subjects = read_subjects(args.subjects)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     rank, world = take_one_device()
-    (args.output_dir / f".summary-{rank}-of-{world}.json").unlink(missing_ok=True)  # of a run that was stopped
+    (args.output_dir / f".summary-{rank}-of-{world}.json").unlink(missing_ok=True)  # left by an interrupted run
     script = load_script(args.script)
     model_class = loading_once(script.MODEL_CLASS)
     script.interruption.listen()
@@ -178,7 +178,7 @@ def main() -> None:
         result = train_subject(script, model_class, subject, args.output_dir, common)
         print(f"{subject['name']}: {result}", flush=True)
         rows.append({"name": subject["name"], "result": result, "seconds": time.perf_counter() - start})
-    # Only the last process tells of failures by its status: a launcher ends the others when one process fails.
+    # Only the last process reports failures by its exit status: a launcher stops all processes when one fails.
     everything = summarise(args.output_dir, rank, world, rows) or []
     sys.exit(any(row["result"].startswith("failed") for row in everything))
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env python
-"""Ask people which method's pictures are better: the paper's user study as one page that needs no server.
+"""Ask people which method's pictures are better: the paper's user study as one page without a server.
 
     python examples/user_study.py --evaluation evaluation --methods DTI TI CrossInit --questions 10 --output_dir study
     python examples/user_study.py --tally answers/*.json --key study/key.json --output_dir study
 
-The first command draws questions from a folder of evaluate.py and writes `study/page.html`, which holds all it needs: send it
-to the participants, who open it by a double click. It asks "Which picture shows the subject of the reference pictures
-best?" as many times as "Which picture fits the text best?". Every question shows each method once, for the same prompt and
-seed, in a drawn order. No method's name is in the page: which picture is whose stands in `study/key.json`, which stays
-with you. At the end the page saves a small JSON file, which the participants send back.
+The first command draws questions from an output folder of evaluate.py and writes `study/page.html`, a self-contained file.
+Send it to the participants, who open it in a browser. It asks "Which picture shows the subject of the reference pictures
+best?" and "Which picture fits the text best?" equally often. Every question shows each method once, for the same prompt and
+seed, in random order. The page does not name the methods: `study/key.json` has the assignment, so keep it to yourself. At
+the end the page saves a small JSON file, which the participants send back.
 
-The second command counts the votes into `results.md` and `results.json`: each method's share with a 95% interval over
-participants. Sheets that always choose the same position are left out, as in the paper (arXiv 2512.13672), and so are
-incomplete ones and second copies.
+The second command counts the votes and writes `results.md` and `results.json`: each method's share with a 95% interval over
+participants. As in the paper (arXiv 2512.13672), sheets that always choose the same position are excluded. So are incomplete
+sheets and duplicates.
 
 Sections: 1 options, 2 questions, 3 page, 4 tally, 5 main.
 """
@@ -50,13 +50,13 @@ ASKED = {
 def command_line() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="Where page and key, or the results, are written.")
+    add("--output_dir", type=Path, required=True, help="Output folder for page and key, or for the results.")
     add("--evaluation", type=Path, help="Output folder of evaluate.py.")
-    add("--methods", nargs="+", help="Methods to compare. Default: all of the evaluation.")
-    add("--questions", type=at_least(int, 1), default=10, help="Questions of each of the two kinds.")
-    add("--seed", type=at_least(int, 0), default=0, help="Draws the questions and their order.")
+    add("--methods", nargs="+", help="Methods to compare. Default: all methods of the evaluation.")
+    add("--questions", type=at_least(int, 1), default=10, help="Number of questions of each of the two kinds.")
+    add("--seed", type=at_least(int, 0), default=0, help="Seed of the questions and their order.")
     add("--tally", type=Path, nargs="+", metavar="JSON", help="Answer sheets to count.")
-    add("--key", type=Path, help="key.json of the study. Default: that of --output_dir.")
+    add("--key", type=Path, help="key.json of the study. Default: the one in --output_dir.")
     return parser
 # fmt: on
 
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if (args.evaluation is None) == (args.tally is None):
         raise UserError("Give either --evaluation, to make a study, or --tally, to count its answers.")
     if args.methods and len(set(args.methods)) < len(args.methods):
-        raise UserError(f"--methods {' '.join(args.methods)}: a method is there twice.")
+        raise UserError(f"--methods {' '.join(args.methods)}: a method is given twice.")
     return args
 
 
@@ -83,19 +83,19 @@ def read_json(option: str, path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{option} {path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{option} {path} is not JSON ({error}): give the file as it was saved.") from None
+        raise UserError(f"{option} {path} is not JSON ({error}): give the unchanged file.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{option} {path} is not of this study: it holds no object.")
+        raise UserError(f"{option} {path} is not of this study: it is not a JSON object.")
     return content
 
 
 def read_evaluation(folder: Path) -> dict:
-    """The report of evaluate.py. Raises UserError."""
+    """Read the report of evaluate.py. Raises UserError."""
     if not (folder / "evaluation.json").is_file():
         raise UserError(f"--evaluation {folder} has no evaluation.json: give the output folder of evaluate.py.")
     report = read_json("--evaluation", folder / "evaluation.json")
     if not {"records", "subjects"} <= set(report):
-        raise UserError(f"--evaluation {folder}: its evaluation.json is not of evaluate.py.")
+        raise UserError(f"--evaluation {folder}: its evaluation.json is not from evaluate.py.")
     return report
 
 
@@ -106,15 +106,15 @@ def choose_methods(report: dict, methods: list[str] | None) -> list[str]:
     if unknown := [method for method in chosen if method not in there]:
         raise UserError(f"--methods {unknown[0]}: the evaluation has only {', '.join(there)}.")
     if len(chosen) < 2:
-        raise UserError(f"--methods {' '.join(chosen)}: a choice needs two methods or more.")
+        raise UserError(f"--methods {' '.join(chosen)}: give at least two methods.")
     return chosen
 
 
 def draw_questions(report: dict, methods: list[str], count: int, seed: int) -> list[dict]:
-    """`count` questions of each kind, in their order on the page. Raises UserError where there are not so many.
+    """`count` questions of each kind, in their order on the page. Raises UserError if there are too few.
 
-    A question is a subject, a prompt and a seed for which every method has a picture. Subjects take turns, and within a
-    kind no question comes twice. The kinds' questions are mixed.
+    A question is a subject, a prompt and a seed for which every method has a picture. Subjects take turns. No question is
+    repeated within a kind, and the two kinds are mixed.
     """
     files = {}
     for record in report["records"]:
@@ -123,7 +123,7 @@ def draw_questions(report: dict, methods: list[str], count: int, seed: int) -> l
     usable = [key for key, by_method in files.items() if set(methods) <= set(by_method)]
     if len(usable) < count:
         raise UserError(
-            f"--questions {count}: only {len(usable)} prompts and seeds have a picture by every method: ask for fewer."
+            f"--questions {count}: only {len(usable)} prompts and seeds have a picture of every method: ask for fewer."
         )
     rng = np.random.default_rng(seed)
     questions = []
@@ -140,7 +140,7 @@ def draw_questions(report: dict, methods: list[str], count: int, seed: int) -> l
 
 
 def take_turns(keys: list[tuple], count: int, rng: np.random.Generator) -> list[tuple]:
-    """`count` keys in a drawn order, their first parts (the subjects) as evenly as there are keys."""
+    """`count` keys in random order, with their first parts (the subjects) distributed as evenly as possible."""
     piles = {}
     for index in rng.permutation(len(keys)):
         piles.setdefault(keys[index][0], []).append(keys[index])
@@ -156,9 +156,9 @@ def take_turns(keys: list[tuple], count: int, rng: np.random.Generator) -> list[
 
 
 def data_url(path: Path, side: int) -> tuple[str, bool]:
-    """The picture within `side` pixels for a page, and whether it is so small that it should be enlarged by whole pixels.
+    """The picture within `side` pixels as a data URL, and whether it is small and should be enlarged without smoothing.
 
-    Encoded anew, so that nothing of its file, which may tell the method, comes along.
+    It is encoded again, because its file's metadata may reveal the method.
     """
     picture = open_picture(path)
     picture.thumbnail((side, side), Image.LANCZOS)
@@ -169,7 +169,7 @@ def data_url(path: Path, side: int) -> tuple[str, bool]:
 
 
 def make_page(questions: list[dict], report: dict, folder: Path, study: str) -> str:
-    """The page's HTML. It holds nothing of `methods` or of the files' names."""
+    """The page's HTML. It contains neither methods nor file names."""
     references, sections = {}, []
     for question in questions:
         subject = question["subject"]
@@ -289,7 +289,7 @@ const pages = [...document.querySelectorAll("main > section")];
 const questions = pages.filter(page => page.dataset.id);
 const by = id => document.getElementById(id);
 const fresh = () => ({ participant: crypto.getRandomValues(new Uint32Array(2)).join("-"), at: 0, answers: {} });
-// A page that is closed by mistake goes on where it was; a browser that forbids it starts anew.
+// After an accidental close the page continues where it was, if the browser allows storage.
 const memory = { key: "study-" + study,
   read() { try { return JSON.parse(localStorage.getItem(this.key)); } catch { return null; } },
   write() { try { localStorage.setItem(this.key, JSON.stringify(state)); } catch { } } };
@@ -366,7 +366,7 @@ def make_study(args: argparse.Namespace) -> Path:
     """Write page.html and key.json. Returns the page's path. Raises UserError."""
     page, key = args.output_dir / "page.html", args.output_dir / "key.json"
     if there := [path for path in (page, key) if path.exists()]:
-        raise UserError(f"{there[0]} is there already, and answers may need its key: choose another --output_dir.")
+        raise UserError(f"{there[0]} exists, and answers may need its key: choose another --output_dir.")
     report = read_evaluation(args.evaluation)
     methods = choose_methods(report, args.methods)
     questions = draw_questions(report, methods, args.questions, args.seed)
@@ -385,19 +385,19 @@ def make_study(args: argparse.Namespace) -> Path:
 def read_key(path: Path) -> dict:
     key = read_json("--key", path)
     if not {"study", "methods", "questions"} <= set(key):
-        raise UserError(f"--key {path} is not a study's key.json.")
+        raise UserError(f"--key {path} is not a key.json of a study.")
     return key
 
 
 def check_sheet(sheet: dict, key: dict, path: Path) -> dict[str, int]:
-    """The sheet's answers, positions by question. Raises UserError where it is of another study or damaged."""
+    """The sheet's answers: positions by question. Raises UserError if it is damaged or of another study."""
     if sheet.get("study") != key["study"]:
         raise UserError(
-            f"--tally {path} is of another study than the key: leave it out, or give its own key by --key."
+            f"--tally {path} and the key are of different studies: leave it out, or give its own key by --key."
         )
     answers, sizes = sheet.get("answers"), {q["id"]: len(q["methods"]) for q in key["questions"]}
     if not isinstance(answers, dict) or not isinstance(sheet.get("participant"), str):
-        raise UserError(f"--tally {path} is damaged: it has no answers, or no participant.")
+        raise UserError(f"--tally {path} is damaged: it has no answers or no participant.")
     for name, position in answers.items():
         if name not in sizes or type(position) is not int or not 0 <= position < sizes[name]:
             raise UserError(f"--tally {path} is damaged: its answer {name!r} is {position!r}.")
@@ -405,17 +405,17 @@ def check_sheet(sheet: dict, key: dict, path: Path) -> dict[str, int]:
 
 
 def left_out(answers: dict[str, int], key: dict) -> str | None:
-    """Why a sheet does not count; None if it does."""
+    """Why a sheet is excluded; None if it counts."""
     if len(answers) < len(key["questions"]):
         return f"incomplete: {len(answers)} of {len(key['questions'])} questions"
-    # Whoever likes one method best does not meet it in one place only: the order is drawn for each question.
+    # A preference for one method does not lead to this: its position is random in each question.
     if len(set(answers.values())) == 1 and len(answers) > 2:
         return f"always picture {chr(ord('A') + next(iter(answers.values())))}"
     return None
 
 
 def count_votes(answers: dict[str, int], key: dict) -> dict[str, dict[str, int]]:
-    """A participant's votes by kind of question and method."""
+    """A participant's votes, by kind of question and method."""
     votes = {kind: dict.fromkeys(key["methods"], 0) for kind in KINDS}
     for question in key["questions"]:
         votes[question["kind"]][question["methods"][answers[question["id"]]]] += 1
@@ -427,10 +427,10 @@ def tally(paths: list[Path], key: dict) -> dict:
 
     Returns:
         `participants`, `left_out` (file and reason), and by kind of question and method `votes` and `share`: the mean
-        over participants of the share of their votes, with its 95% interval (Student's t, within 0 and 1).
+        over participants of their share of votes, with a 95% interval (Student's t, clipped to 0 and 1).
 
     Raises:
-        UserError: for a file that is no sheet of this study.
+        UserError: for a file that is not a sheet of this study.
     """
     counted, excluded, seen = [], [], set()
     for path in paths:
@@ -453,14 +453,14 @@ def tally(paths: list[Path], key: dict) -> dict:
 
 
 def within_one(value: dict) -> dict:
-    """The interval of a share, cut off at 0 and 1."""
+    """The interval of a share, clipped to 0 and 1."""
     if value["low"] is None:
         return value
     return value | {"low": max(0.0, value["low"]), "high": min(1.0, value["high"])}
 
 
 def to_markdown(result: dict, key: dict) -> str:
-    """The results for readers."""
+    """The results as Markdown."""
     count = result["participants"]
     parts = [
         "# User study",
@@ -491,9 +491,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.evaluation is not None:
         page = make_study(args)
-        print(
-            f"{page} ({page.stat().st_size / 2**20:.1f} MB) is for the participants, key.json beside it for you alone."
-        )
+        print(f"{page} ({page.stat().st_size / 2**20:.1f} MB) is for the participants. Keep key.json to yourself.")
         return
     key = read_key(args.key or args.output_dir / "key.json")
     result = tally(args.tally, key)

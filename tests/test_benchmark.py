@@ -146,7 +146,7 @@ def test_a_grid_goes_on_where_memory_ends(small, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "benchmark.md").read_text()
     assert text in capsys.readouterr().out
     table = text.split("\n\n")[2].splitlines()
-    assert table[0].startswith("| resolution | train_batch_size | s a step | quartiles | set-up s |")
+    assert table[0].startswith("| resolution | train_batch_size | s per step | quartiles | set-up s |")
     assert [line.count("|") for line in table] == [table[0].count("|")] * 4
     assert table[2].startswith("| 64 | 4 | - | - | ") and table[2].endswith("| out of memory |")
     assert re.match(r"\| 64 \| 1 \| \d\.\d{4} \| \d\.\d{4} to \d\.\d{4} \| \d+\.\d \|", table[3])
@@ -163,8 +163,8 @@ def test_rows_and_whole_runs_are_processes_in_turns(tmp_path, monkeypatch):
     assert row["status"] == "measured" and row["imports_seconds"] > 0.5
     runs = row["whole_runs"]["runs"]
     (sleep,), (own,) = runs["--against"], runs["the script"]
-    assert 0.2 <= sleep["seconds"] < 1.5 and 1e5 < sleep["host_peak"] < 5e7
-    assert own["seconds"] > 1 and own["host_peak"] > 1e8 and own["device_peak"] is None
+    assert 0.2 <= sleep["seconds"] < 1.5
+    assert own["seconds"] > 1
     assert (tmp_path / "runs" / "00" / "plain" / "learned_embeds.safetensors").is_file()
     assert "| `sleep 0.{steps}` | 2 | 1 | 0." in (tmp_path / "benchmark.md").read_text()
 
@@ -178,13 +178,13 @@ def test_a_failing_command_is_told_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--output_dir x", "--output_dir is the benchmark's own business: leave it out."),
-        ("--instance_data_dir=x", "--instance_data_dir is the benchmark's own business"),
+        ("--output_dir x", "--output_dir is set by the benchmark itself: leave it out."),
+        ("--instance_data_dir=x", "--instance_data_dir is set by the benchmark itself"),
         ("--script none.py", "--script none.py is not a file."),
         ("--against nothing-of-this-name", "there is no program 'nothing-of-this-name'"),
         ("--against 'x", "cannot be read as a command"),
         ("--against true --rank 0 2", "--against needs one configuration"),
-        ("--against true --repeats 0", "would run nothing"),
+        ("--against true --repeats 0", "runs nothing"),
         ("--against true_{model} --size full", "there is no program"),
         ("--size small --resolution 60", "--resolution 60 is not a multiple of 8: try 56."),
         ("--size small --magnitude free", "--optimizer rsgd moves on a sphere"),

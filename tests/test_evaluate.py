@@ -161,7 +161,7 @@ def test_masks_black_out_the_background(tmp_path, capsys):
     pixels = np.asarray(scored[0])
     assert (pixels[:, :20] == (200, 100, 50)).all() and (pixels[:, 20:] == 0).all()
     assert np.array_equal(np.asarray(scored[1]), np.asarray(shown[1]))  # it has no mask
-    assert "without a mask, and scored as a whole: b.png" in capsys.readouterr().err
+    assert "no mask, so the whole picture is scored: b.png" in capsys.readouterr().err
     Image.new("L", (20, 10), 255).rotate(90, expand=True).save(tmp_path / "masks" / "a.jpg")
     with pytest.raises(UserError, match="a.jpg is 10 x 20, which is not the shape of the photograph, 40 x 20"):
         evaluate.read_references(tmp_path / "photos", tmp_path / "masks")
@@ -467,8 +467,11 @@ TABLES = {
         "subject,method,path,instance_data_dir,class_word,prompt\ndog,DTI,a,b,dog,x\n",
         "prompt is no column",
     ),
-    "a run twice": ("{head}\ndog,DTI,{run},{photos},dog\ndog,DTI,{run},{photos},dog\n", "is there twice"),
-    "two class words": ("{head}\ndog,DTI,{run},{photos},dog\ndog,TI,{run},{photos},cat\n", "methods compare only"),
+    "a run twice": ("{head}\ndog,DTI,{run},{photos},dog\ndog,DTI,{run},{photos},dog\n", "is given twice"),
+    "two class words": (
+        "{head}\ndog,DTI,{run},{photos},dog\ndog,TI,{run},{photos},cat\n",
+        "methods can be compared only",
+    ),
     "no such run": ("{head}\ndog,DTI,nowhere,{photos},dog\n", "nowhere"),
     "no such photographs": ("{head}\ndog,DTI,{run},nowhere,dog\n", "--instance_data_dir nowhere"),
 }
@@ -498,7 +501,7 @@ def test_bad_files_are_named(command, material, tmp_path):
 def test_files_of_others_are_not_overwritten(command, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.md").write_text("mine")
-    with pytest.raises(UserError, match="report.md that is not of this script"):
+    with pytest.raises(UserError, match="report.md that this script did not write"):
         evaluate.main(command(output_dir=tmp_path / "mine"))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["report.md"]
 

@@ -222,7 +222,7 @@ def test_a_file_that_is_no_embedding_ends_in_one_line(call, tmp_path, name, stat
 def test_a_pair_of_two_tokens_a_missing_file_and_a_damaged_one_are_told(call, tmp_path):
     save_file({"<x>": torch.ones(1, 8)}, tmp_path / "learned_embeds.safetensors")
     save_file({"<y>": torch.ones(1, 8)}, tmp_path / "learned_embeds_2.safetensors")
-    assert "has '<y>': no pair" in call(export, tmp_path, "--output_dir", tmp_path / "out")[1]
+    assert "has '<y>': they are not a pair" in call(export, tmp_path, "--output_dir", tmp_path / "out")[1]
     assert "does not exist" in call(export, tmp_path / "none", "--output_dir", tmp_path / "out")[1]
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "learned_embeds.safetensors").read_bytes()[:90])
     assert "cannot be read" in call(export, tmp_path / "cut.safetensors", "--output_dir", tmp_path / "out")[1]
@@ -233,7 +233,7 @@ def test_other_vectors_are_not_overwritten_unless_told(call, dog, tmp_path):
     kept = read_embedding(tmp_path / "other")
     (tmp_path / "other" / "learned_embeds.safetensors").touch()
     _, err, status = call(export, dog, "--output_dir", tmp_path / "other", "--format", *export.FORMATS)
-    assert status == 1 and "holds something else: choose another folder, or --overwrite" in err
+    assert status == 1 and "exists with other content: choose another folder, or add --overwrite" in err
     assert same(read_embedding(tmp_path / "other"), kept) and not list((tmp_path / "other").glob("*.pt"))
     assert call(export, dog, "--output_dir", tmp_path / "other", "--overwrite")[2] == 0
     assert same(read_embedding(tmp_path / "other"), read_embedding(dog))
@@ -342,13 +342,13 @@ def test_draws_two_tokens_in_one_prompt_and_goes_on_where_it_was(call, small, tm
     before = pixels(files[2])
     files[2].unlink()
     printed, _, _ = call(*command, "--batch_size", "3")
-    assert "1 pictures drawn, 3 were there" in printed
+    assert "1 pictures drawn, 3 kept" in printed
     assert all(file.stat().st_mtime_ns == time for file, time in times.items() if file != files[2])
     assert (pixels(files[2]) - before).abs().max() <= 1
     monkeypatch.setattr(generate, "load_pipeline", lambda *args: pytest.fail("weights are loaded"))
-    assert "0 pictures drawn, 4 were there" in call(*command)[0]
+    assert "0 pictures drawn, 4 kept" in call(*command)[0]
     _, err, status = call(*command, "--guidance_scale", "2")
-    assert status == 1 and "is there with other settings: choose another --output_dir, or --overwrite" in err
+    assert status == 1 and "exists with other settings: choose another --output_dir, or add --overwrite" in err
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -405,7 +405,7 @@ def test_a_prompt_that_is_too_long_is_told(call, small, tmp_path, no_weights, mo
     monkeypatch.setattr(generate, "draw_missing", lambda *args: sys.exit(7))
     options = ["--pretrained_model_name_or_path", small / family, "--output_dir", tmp_path / "out"]
     _, err, status = call(generate, tmp_path / "dog", *options, "--prompt", "dog " * words + "{}", "a photo of {}")
-    assert status == 7 and err.count("Note:") == 1 and f"only {words} are read" in err
+    assert status == 7 and err.count("Note:") == 1 and f"only {words} of the" in err
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -425,7 +425,7 @@ def test_lora_weights_beside_the_embedding_are_loaded(call, small, tmp_path, fam
     with_lora, plain = (pixels(pictures(tmp_path / x)[0]) for x in ("lora", "plain"))
     assert not torch.equal(with_lora, plain)
     other = "sdxl" if family == "sana" else "sana"
-    with pytest.raises(export.UserError, match="of another model; leave it out by --no_lora"):
+    with pytest.raises(export.UserError, match="for another model; ignore it by --no_lora"):
         generate.find_loras([tmp_path / "dog"], other)
 
 
@@ -444,7 +444,7 @@ def test_low_memory_and_half_precision(call, small, dog, tmp_path):
         (["--prompt", "a {1}"], 1, "--prompt 'a {1}' has {1}, but only 1 embeddings are given"),
         (["--prompt", " "], 1, "--prompt is empty"),
         (["--prompts", "none.txt"], 1, "--prompts none.txt cannot be read"),
-        (["--prompt", "a {}", "--token", "dog"], 1, "'dog' is a word already; give it another word by --token"),
+        (["--prompt", "a {}", "--token", "dog"], 1, "'dog' is already a word; give another word by --token"),
         (["--prompt", "a {}", "--token", "<a>", "<b>"], 1, "--token has 2 words for 1 embeddings"),
         (["--prompt", "a {}", "--resolution", "60"], 1, "--resolution 60 is not a multiple of 8: try 56"),
         (["--prompt", "a {}", "--batch_size", "0"], 2, "'0' is not an integer of at least 1"),
@@ -477,10 +477,10 @@ def test_a_grid_that_is_another_ones_and_names_that_clash_are_refused(call, smal
     _, err, status = call(generate, dog, dog, *options)
     assert status == 1 and "Two embeddings have the token '<my-dog>'" in err
     _, err, status = call(generate, dog, dog, *options, "--token", "<x>", "<x>_1")
-    assert status == 1 and "'<x>_1' is a word already" in err
+    assert status == 1 and "'<x>_1' is already a word" in err
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
     _, err, status = call(generate, dog, *options)
-    assert status == 1 and "grid.png is there and not of this script" in err
+    assert status == 1 and "grid.png exists and is not from this script" in err
 
 
 def test_a_model_with_missing_weights_is_refused(call, small, dog, tmp_path):
@@ -570,7 +570,7 @@ def test_the_strips_ends_are_the_two_subjects(call, small, tmp_path, family):
     found = read_embedding(out / "t-0.500")
     assert found.token == "<my-dog-my-cat>" and found.metadata["dti.interpolated_at"] == "0.5"
     assert len(list((out / "t-0.500").glob("my-dog-my-cat.*"))) == 2
-    assert "0 pictures drawn, 6 were there" in call(*command)[0]
+    assert "0 pictures drawn, 6 kept" in call(*command)[0]
 
 
 def test_without_a_prompt_no_model_is_needed_and_other_norms_are_told(call, small, dog, no_weights, tmp_path):
@@ -594,14 +594,14 @@ def test_without_a_prompt_no_model_is_needed_and_other_norms_are_told(call, smal
     [
         ("count", [], 1, "<my-dog> has 2 vectors and <my-cat> has 1: train both with the same --num_vectors"),
         ("opposite", [], 1, "point in opposite directions (vector 2 of text_encoder_2, antipodal)"),
-        ("family", [], 1, "give two of one"),
+        ("family", [], 1, "give two for the same model"),
         (None, ["--num", "1"], 2, "'1' is not an integer of at least 2"),
         (None, ["--num", "102"], 1, "--num 102 is more than 101"),
-        (None, ["--linear"], 1, "--linear shows pictures, and there is no --prompt"),
+        (None, ["--linear"], 1, "--linear needs pictures: add --prompt"),
         (None, ["--prompt", "a {}"], 1, "--prompt needs a model: add --pretrained_model_name_or_path"),
         (None, ["--magnitude", "mean"], 1, "--magnitude mean needs a model"),
         (None, ["--magnitude", "big"], 2, "'big' is not ends, mean, min or a number above 0"),
-        (None, ["--prompt", "a dog", "--pretrained_model_name_or_path", "sdxl"], 1, "it would be the same picture"),
+        (None, ["--prompt", "a dog", "--pretrained_model_name_or_path", "sdxl"], 1, "its picture would be the same"),
         (None, ["--prompt", "a {}", "--pretrained_model_name_or_path", "sana"], 1, "for Stable Diffusion XL"),
     ],
 )

@@ -26,7 +26,7 @@ def test_the_words_say_what_was_measured():
     said = growth.sentence("photographs", {1: measured(0.1, latents=0.5), 20: measured(0.1, latents=9.0)})
     assert "1.00 times as long" in said and "9.0 s instead of 0.5" in said
     said = growth.sentence("processes", {1: measured(0.1), 4: measured(0.2)})
-    assert "2.00 times as long and learns from 2.00 times as many pictures" in said
+    assert "2.00 times as long, and training sees 2.00 times as many pictures" in said
 
 
 @pytest.mark.slow

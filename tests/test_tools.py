@@ -403,7 +403,7 @@ def test_export_says_what_it_did_with_the_lora_weights(call, both, tmp_path):
     out, err, status = call(both, "--output_dir", tmp_path / "a", "--format", "web", "bin")
     assert status == 0 and "LoRA: sdxl, 2 layers, rank 4, alpha 2\n" in out
     assert "my-dog-lora.safetensors  (LoRA for ComfyUI" in out and "<lora:my-dog-lora:1>" in out
-    assert err == "Note: bin holds an embedding alone: the LoRA weights are not among its files.\n"
+    assert err == "Note: the bin format has no LoRA weights, so they are not written in it.\n"
     files = {"my-dog.safetensors", "my-dog-lora.safetensors", "learned_embeds.bin", "learned_embeds_2.bin"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == files
 
@@ -412,7 +412,7 @@ def test_export_says_what_it_did_with_the_lora_weights(call, both, tmp_path):
     assert status == 0 and not err and "pytorch_lora_weights.safetensors  (diffusers: pipe.load_lora_weights)" in out
     assert {path.name for path in (tmp_path / "b").iterdir()} == {export.LORA_FILE, "my-dog-lora.safetensors"}
     out, err, status = call(tmp_path / "a" / "my-dog-lora.safetensors", "--output_dir", tmp_path / "c")
-    assert status == 0 and "pipe.load_lora_weights reads the file as it is" in err
+    assert status == 0 and "pipe.load_lora_weights reads the original file" in err
     kept = [load_file(tmp_path / folder / "my-dog-lora.safetensors") for folder in "abc"]
     assert all(x.keys() == kept[0].keys() and all(torch.equal(x[k], kept[0][k]) for k in x) for x in kept)
     _, err, status = call(both / export.LORA_FILE, "--output_dir", tmp_path / "d", "--format", "bin")
@@ -464,15 +464,15 @@ def test_a_renamed_export_is_renamed_throughout(call, both, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["{both}/learned_embeds.safetensors", "--format", "bundle"], "has no LoRA weights. Give the folder that has"),
-        (["{both}/pytorch_lora_weights.safetensors", "--format", "bundle"], "has no embedding. Give the folder"),
-        (["{both}", "--format", "bundle", "--token", "<my.dog>"], "cannot have a full stop: add --token '<my-dog>'"),
+        (["{both}/learned_embeds.safetensors", "--format", "bundle"], "has no LoRA weights. Give a folder with"),
+        (["{both}/pytorch_lora_weights.safetensors", "--format", "bundle"], "has no embedding. Give a folder"),
+        (["{both}", "--format", "bundle", "--token", "<my.dog>"], "must not contain a full stop: add --token '<my-dog>'"),
         (["{both}", "--token", "<pytorch_lora_weights>"], "'<pytorch_lora_weights>' cannot name a file"),
-        (["{old}"], "naming that is not read here, such as unet.x.to_q.lora.down.weight: load it with diffusers and"),
-        (["{hada}"], "naming that is not read here, such as "),
+        (["{old}"], "unknown naming, such as unet.x.to_q.lora.down.weight: load it with diffusers and"),
+        (["{hada}"], "unknown naming, such as "),
         (["{half}"], "half.safetensors is damaged: lora_unet_mid_block_x lacks a matrix, or has one that is not finite"),
         (["{nan}"], "nan.safetensors is damaged: lora_unet_mid_block_x lacks a matrix, or has one that is not finite"),
-        (["{sana}", "--format", "bundle"], "no tool reads an embedding for SANA from the file of the LoRA weights"),
+        (["{sana}", "--format", "bundle"], "no tool reads a bundle for SANA"),
         (["{mixed}"], "has an embedding for sana and LoRA weights for sdxl"),
         (["{header}"], "lora_adapter_metadata in its header is damaged"),
     ],
@@ -505,7 +505,7 @@ def test_lora_weights_in_the_place_of_an_embedding_are_called_so(both, call, tmp
     for path in (both / export.LORA_FILE, tmp_path / "lora.pt"):
         torch.save(load_file(both / export.LORA_FILE), tmp_path / "lora.pt")
         with pytest.raises(
-            EmbeddingError, match="holds LoRA weights and no embedding: give the folder or file of the em"
+            EmbeddingError, match="holds LoRA weights, not an embedding: give the folder or file of the em"
         ):
             read_embedding(path)
 
@@ -516,7 +516,7 @@ def test_alpha_in_the_header_counts_where_the_file_is_there(call, both, tmp_path
     state = load_file(both / export.LORA_FILE)
     save_file(state, both / export.LORA_FILE, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})})
     _, err, status = call(both, "--output_dir", tmp_path / "out", "--format", "diffusers")
-    assert status == 1 and "holds something else" in err
+    assert status == 1 and "exists with other content" in err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

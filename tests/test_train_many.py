@@ -93,7 +93,7 @@ def test_two_processes_share_the_subjects_and_one_tells_of_all(many, tmp_path):
     [
         ("", "it has no subjects"),
         ("placeholder_token\n<a>\n", "a subject has no 'instance_data_dir'"),
-        ("instance_data_dir\na/dog\nb/dog\n", "dog is there twice"),
+        ("instance_data_dir\na/dog\nb/dog\n", "dog occurs twice"),
     ],
 )
 def test_a_bad_list_ends_in_one_line(many, tmp_path, content, message):

@@ -58,7 +58,7 @@ def new_vae():
 
 
 def crops(pictures, rng, side=world.SIZE // 2):
-    """Of each picture the livelier of two random quarters: more steps a second, and more of what is hard to see."""
+    """The more detailed of two random quarters of each picture: faster steps, with more detail per step."""
     chosen = []
     for picture in pictures:
         corners = 4 * rng.integers(0, (world.SIZE - side) // 4 + 1, (2, 2))
@@ -68,9 +68,9 @@ def crops(pictures, rng, side=world.SIZE // 2):
 
 
 def train_vae(args):
-    """Absolute and squared error, a little KL to keep the latents compact; no discriminator, edges here are clean.
+    """Absolute and squared error, and a small KL term. Edges here are clean, so there is no discriminator.
 
-    Four steps in five are on quarters of pictures: in the same time they bring some six decibels more than whole ones.
+    Four in five steps use quarters of pictures: in the same time this gains about six decibels over whole pictures.
     """
     torch.manual_seed(args.seed)
     vae = new_vae().to(args.device)
@@ -81,7 +81,7 @@ def train_vae(args):
             pictures = crops(pictures, rng)
         else:
             _, pictures = batch_of("generator", rng, 4, args)
-        if rng.random() < 0.1:  # other inks, so that tones outside the training set are not foreign to it
+        if rng.random() < 0.1:  # other tints, so that tones outside the training set work too
             pictures = pictures[:, torch.from_numpy(rng.permutation(3))]
         posterior = vae.encode(pictures).latent_dist
         error = vae.decode(posterior.sample()).sample.float() - pictures
@@ -97,7 +97,7 @@ def train_vae(args):
 
 @torch.no_grad()
 def measure_latents(vae, args):
-    """Set the scaling factor that gives latents unit deviation; print the error on another seed range."""
+    """Set the scaling factor for latents of unit standard deviation, and print the error on another seed range."""
     _, pictures = batch_of("judges", world.generator(args.seed, "latents"), 256, args)
     latents = vae.encode(pictures).latent_dist.mode()
     error = vae.decode(latents).sample - pictures
@@ -112,8 +112,8 @@ TEXT_WIDTHS, TEXT_LAYERS, POOLED = (96, 128), 7, 128
 
 
 def new_text_encoders():
-    """As SDXL's: quick_gelu and gelu, the second with a projection, both with its `eos_token_id: 2`, which makes
-    transformers pool at the highest token id."""
+    """Like SDXL's encoders: quick_gelu and gelu, a projection in the second, and `eos_token_id: 2` in both, for which
+    transformers pools at the highest token id."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     encoders = []
@@ -125,11 +125,11 @@ def new_text_encoders():
             projection_dim=POOLED, num_hidden_layers=TEXT_LAYERS, num_attention_heads=width // 32, hidden_act=act,
             max_position_embeddings=TEXT_LENGTH, bos_token_id=0, eos_token_id=2, pad_token_id=1,
         )  # fmt: skip
-        config._attn_implementation = "eager"  # in bf16 on a CPU the fused attention's backward is far slower
+        config._attn_implementation = "eager"  # in bf16 on a CPU, the backward pass of fused attention is far slower
         encoder = kind(config)
         for name, weight in encoder.named_parameters():
-            # CLIP's embeddings have norms of about 0.4, and updates not far above them keep a token's norm meaningful
-            # in every layer: transformers' own start would drown the embedding in the first block.
+            # CLIP's embeddings have norms of about 0.4. The blocks' updates start at a similar size, so that a token's norm
+            # matters in every layer; with transformers' own initialisation the first block would dominate the embedding.
             if "token_embedding" in name:
                 nn.init.normal_(weight, std=0.4 * width**-0.5)
             elif "position_embedding" in name:
@@ -141,10 +141,10 @@ def new_text_encoders():
 
 
 class ClipPretraining(nn.Module):
-    """Both text encoders against one picture tower, each with a temperature of its own.
+    """Both text encoders against one picture encoder, each with its own temperature.
 
-    All three also learn to name the scene's attributes. Contrast alone leaves texts bags of words for a long time: as
-    long as neither side tells "left of" from "right of", the other has nothing to gain by it.
+    All three also learn to predict the scene's attributes. With the contrastive loss alone, texts stay bags of words for a
+    long time: while one side does not distinguish "left of" from "right of", the other side gains nothing by doing so.
     """
 
     def __init__(self):
@@ -171,10 +171,10 @@ class ClipPretraining(nn.Module):
 
 
 def contrast(look, text, scale, same):
-    """CLIP's loss, cross-entropy both ways, and the share of pictures that find their caption.
+    """CLIP's loss (cross-entropy in both directions), and the share of pictures that match their caption best.
 
-    There are more captions than pictures: the last ones are of confused scenes, and `same` marks those of them that
-    turned out word for word the same.
+    There are more captions than pictures: the last ones describe similar scenes, and `same` marks those with identical
+    wording.
     """
     logits = scale.clamp(max=math.log(100.0)).exp() * F.normalize(look, dim=1) @ F.normalize(text.float(), dim=1).T
     logits, target = logits.masked_fill(same, -1e4), torch.arange(len(look), device=look.device)
@@ -183,15 +183,15 @@ def contrast(look, text, scale, same):
 
 
 def naming(heads, features, labels):
-    """The error in naming attributes, summed over pictures' and texts' heads."""
-    weights = {"relation": 3.0}  # the last that is learned, and few captions state it
+    """The attribute loss, summed over the heads of pictures and texts."""
+    weights = {"relation": 3.0}  # it is learned last, and few captions state it
     return sum(head.loss(x, y, weights) for head, x, y in zip(heads, features, labels, strict=True))
 
 
 def update_size(states, norm=0.4):
-    """Mean squared norm of the blocks' updates, in units of the embeddings' own.
+    """Mean squared norm of the blocks' updates, relative to the embeddings' norm.
 
-    Layer norms make a network blind to its scale, so nothing else keeps updates from drowning the embeddings.
+    Layer norms make a network invariant to its scale, so only this penalty keeps the updates from dominating.
     """
     updates = [(b.float() - a.float()).pow(2).sum(-1).mean() for a, b in zip(states, states[1:], strict=False)]
     return sum(updates) / len(updates) / norm**2
@@ -232,7 +232,7 @@ def export_clip(model, args):
 
 
 def restore_names(path):
-    """Give CLIPTextModel's weights the names that transformers 4 reads too; version 5 saves them without their prefix."""
+    """Rename CLIPTextModel's weights for transformers 4: version 5 saves them without their prefix."""
     from safetensors.torch import load_file, save_file
 
     weights = {f"text_model.{name.removeprefix('text_model.')}": x for name, x in load_file(path).items()}
@@ -250,8 +250,8 @@ def load_text_encoders(folder, device):
 
 @torch.no_grad()
 def embed_texts(texts, encoders, tokenizers):
-    """What SDXL's pipeline makes of prompts: the penultimate states of both encoders side by side, and the second's
-    pooled embedding. An empty text is all zeros (`force_zeros_for_empty_prompt`)."""
+    """Encode prompts like SDXL's pipeline: the concatenated penultimate states of both encoders, and the second's pooled
+    embedding. An empty text is all zeros (`force_zeros_for_empty_prompt`)."""
     states = []
     for encoder, tokenizer in zip(encoders, tokenizers, strict=False):
         ids = tokenizer(
@@ -266,11 +266,11 @@ def embed_texts(texts, encoders, tokenizers):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Latents and embeddings
 
-ENCODED, CAPTIONS = 60_000, 3  # the UNet's share of the pictures (SANA learns from all), and captions of each
+ENCODED, CAPTIONS = 60_000, 3  # the UNet's number of pictures (SANA uses all), and captions per picture
 
 
 def train_encode(args):
-    """Latents and text embeddings once: encoding texts as training goes would take a quarter of its time."""
+    """Encode latents and texts once: encoding texts during training would take a quarter of its time."""
     if "latents" in args.encode:
         encode_pictures(args)
     if "things" in args.encode:
@@ -280,7 +280,7 @@ def train_encode(args):
 
 
 def shared_array(name, count, shape, args):
-    """An array (count, *shape) on disk into which several processes write their parts."""
+    """An array (count, *shape) on disk that several processes write in parts."""
     path = args.runs_dir / f"{name}.npy"
     if rank() == 0:
         np.lib.format.open_memmap(path, "w+", np.float16, (count, *shape)).flush()
@@ -290,7 +290,7 @@ def shared_array(name, count, shape, args):
 
 
 def parts(count, size=25):
-    """This process's parts of `count` pictures; small ones, which stay in the processor's cache."""
+    """This process's parts of `count` pictures, small enough for the processor's cache."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
     for i in range(size * rank(), count, size * processes):
         if i % 4000 == 0:
@@ -302,7 +302,7 @@ def parts(count, size=25):
 
 @torch.no_grad()
 def encode_pictures(args):
-    """Mean and deviation of every picture's latents."""
+    """Mean and standard deviation of every picture's latents."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(args.output_dir / "sdxl" / "vae").to(args.device).eval()
@@ -315,7 +315,7 @@ def encode_pictures(args):
 
 
 def encode_things(args):
-    """How much of every latent position is not the place's but a thing's, from 0 to 1."""
+    """The share of every latent position that shows an object instead of the place, from 0 to 1."""
     pictures = pictures_of("generator", args.runs_dir)
     things = shared_array("things", len(pictures), (LATENT_SIDE, LATENT_SIDE), args)
     for part in parts(len(pictures)):
@@ -323,12 +323,12 @@ def encode_things(args):
         empty = np.stack([np.asarray(world.render(world.sample_scene(s), s, empty=True)) for s in seeds])
         changed = (np.abs(pictures[part].astype(int) - empty).max(-1) > 8).astype(np.float32)
         cells = F.avg_pool2d(torch.from_numpy(changed)[:, None], world.SIZE // LATENT_SIDE)
-        things[part] = F.max_pool2d(cells, 3, 1, 1)[:, 0]  # a position farther on every side: outlines
+        things[part] = F.max_pool2d(cells, 3, 1, 1)[:, 0]  # one position more on every side, for outlines
 
 
 @torch.no_grad()
 def encode_captions(args):
-    """What the pipeline would make of the captions, all positions of each."""
+    """The captions' embeddings as in the pipeline, at all positions."""
     encoders, tokenizers = load_text_encoders(args.output_dir / "sdxl", args.device)
     contexts = shared_array("contexts", ENCODED, (CAPTIONS, TEXT_LENGTH, sum(TEXT_WIDTHS)), args)
     pooled = shared_array("pooled", ENCODED, (CAPTIONS, POOLED), args)
@@ -359,12 +359,12 @@ def new_unet():
         addition_embed_type="text_time", addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=6 * 16 + POOLED,
     )  # fmt: skip
-    unet.set_attn_processor(AttnProcessor())  # the fused attention's backward is slow in bf16 on a CPU
+    unet.set_attn_processor(AttnProcessor())  # in bf16 on a CPU, the backward pass of fused attention is slow
     return unet
 
 
 def fit_inputs(unet, context):
-    """Start the cross-attention as if its input had unit deviation, which the layers' own start assumes."""
+    """Scale the initial cross-attention weights for inputs of unit standard deviation, as the initialisation assumes."""
     deviation = float(context.std())
     for name, weight in unet.named_parameters():
         if "attn2.to_k" in name or "attn2.to_v" in name:
@@ -372,23 +372,24 @@ def fit_inputs(unet, context):
 
 
 def timesteps(count):
-    """Half of them uniform, half about the middle, where noise hides details but not yet everything: there is most to learn."""
+    """Timesteps: half uniform, half around the middle, where noise hides some details: the most informative ones."""
     middle = torch.sigmoid(torch.randn(count))
     return (torch.where(torch.rand(count) < 0.5, middle, torch.rand(count)) * 1000).long().clamp(0, 999)
 
 
 def evenly(t):
-    """Weights (batch,) that let every amount of noise count alike, whatever error it leaves.
+    """Weights (batch,) that give every amount of noise the same influence.
 
-    The error in the noise falls by e every 250 timesteps, from 0.3 to 0.007. Left alone, the error that no caption
-    explains, at little noise, outshouts what a caption decides at much: which thing stands where, in which colour.
+    The error of the predicted noise falls by a factor of e every 250 timesteps, from 0.3 to 0.007. Without weights, the
+    error at low noise, which no caption explains, dominates the error at high noise, where a caption decides objects,
+    positions and colours.
     """
     return torch.exp((t.float() - 500) / 250)
 
 
 def emphasis(things):
-    """Weights (batch, 1, side, side) of mean 1: most of a picture is its place, which is soon learned, so what stands
-    there, `things` (batch, side, side), counts five times as much."""
+    """Weights (batch, 1, side, side) of mean 1. The place fills most of a picture and is learned quickly, so objects,
+    `things` (batch, side, side), have five times its weight."""
     weights = 1 + 4 * things[:, None]
     return weights / weights.mean()
 
@@ -409,7 +410,7 @@ def train_unet(args):
         index, which = rng.integers(0, len(latents), args.batch), rng.integers(0, CAPTIONS, args.batch)
         mean, std = tensor(latents[index]).unbind(1)
         clean = mean + std * torch.randn_like(mean)
-        # One caption in ten is dropped as SDXL drops it: all zeros, the pooled embedding too.
+        # One in ten captions is dropped as in SDXL: zeros, also for the pooled embedding.
         kept = tensor(rng.random(args.batch) > 0.1)
         context, pooled = (
             tensor(contexts[index, which]) * kept[:, None, None],

@@ -1,7 +1,7 @@
 """The miniature's generator in SANA's format: autoencoder, Gemma-2 text encoder, linear transformer.
 
 Stages: `train_autoencoder`, `train_gemma`, `train_encode`, `train_transformer`, in this order; each writes its part of
-`sana/`, which SanaPipeline loads. Pictures and captions are those of the SDXL-format generator.
+`sana/`, which SanaPipeline loads. Pictures and captions are the same as for the SDXL-format generator.
 
 Sections: 1 autoencoder, 2 text encoder, 3 latents and embeddings, 4 transformer, 5 the pipeline's folder.
 """
@@ -38,7 +38,7 @@ LATENT_CHANNELS, LATENT_SIDE = 32, world.SIZE // 8
 
 
 def new_autoencoder():
-    """As SANA's in kind: residual blocks, then one of linear attention, and not variational. 8 times smaller, not 32."""
+    """Like SANA's: residual blocks, then a linear-attention block, deterministic. It reduces 8 times instead of 32."""
     from diffusers import AutoencoderDC
 
     blocks, widths = ("ResBlock",) * 3 + ("EfficientViTBlock",), (32, 64, 128, 128)
@@ -60,7 +60,7 @@ def new_autoencoder():
 
 
 def train_autoencoder(args):
-    """Absolute and squared error. Noise on the latents and a little weight on their size stand in for the KL term."""
+    """Absolute and squared error. Noise on the latents and a small penalty on their size replace the KL term."""
     torch.manual_seed(args.seed)
     autoencoder = new_autoencoder().to(args.device)
 
@@ -91,7 +91,7 @@ TEXT_WIDTH, TEXT_LAYERS = 128, 6
 
 
 def new_tokenizer(folder):
-    """Gemma's, with every word of the captions in one token."""
+    """Gemma's tokenizer, with one token for every word of the captions."""
     from make_small_sana import make_tokenizer
 
     return make_tokenizer(folder, sorted(world.vocabulary()))
@@ -108,8 +108,8 @@ def new_gemma(vocabulary):
         )
     )  # fmt: skip
     for name, weight in gemma.named_parameters():
-        # Gemma multiplies the embeddings by sqrt(d): rows of norm 1 enter with unit deviation. Its second norms, of
-        # weight 1 + w, set the size of what a block adds: a fifth of that, so that no block drowns the embedding.
+        # Gemma multiplies the embeddings by sqrt(d), so rows of norm 1 have unit standard deviation. Its second norms, of
+        # weight 1 + w, set the size of a block's update: a fifth of that, so that no block dominates the embedding.
         if "embed_tokens" in name:
             nn.init.normal_(weight, std=TEXT_WIDTH**-0.5)
         elif "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
@@ -118,19 +118,19 @@ def new_gemma(vocabulary):
 
 
 class GemmaPretraining(nn.Module):
-    """The text encoder against a picture tower; a causal model's caption is the mean over its positions."""
+    """The text encoder against a picture encoder. A caption's feature is the mean over the causal model's positions."""
 
     def __init__(self, vocabulary):
         super().__init__()
         self.gemma, self.project = new_gemma(vocabulary), nn.Linear(TEXT_WIDTH, 128, bias=False)
         self.tower, self.scale = PictureTower(32, 128), nn.Parameter(torch.tensor(math.log(10.0)))
-        self.heads = nn.ModuleList((AttributeHeads(128), AttributeHeads(128)))  # as in the first generator
+        self.heads = nn.ModuleList((AttributeHeads(128), AttributeHeads(128)))  # as in the SDXL-format generator
 
     def forward(self, pictures, ids, mask, same, shown, stated):
         output = self.gemma(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         weights = mask[..., None].float()
         text = self.project((output.last_hidden_state.float() * weights).sum(1) / weights.sum(1))
-        # The last of the states comes after the final norm: it is no block's update.
+        # The last state comes after the final norm, so it is not a block's update.
         growth = update_size(output.hidden_states[:-1], norm=TEXT_WIDTH**0.5)
         look = self.tower(pictures).float()
         loss, hits = contrast(look, text, self.scale, same)
@@ -142,7 +142,7 @@ class GemmaPretraining(nn.Module):
 def train_gemma(args):
     torch.manual_seed(args.seed)
     tokenizer = new_tokenizer(args.output_dir / "sana" / "tokenizer")
-    tokenizer.padding_side = "right"  # as SanaPipeline has it
+    tokenizer.padding_side = "right"  # as in SanaPipeline
     model = GemmaPretraining(len(tokenizer)).to(args.device)
 
     def loss_of(step, rng):
@@ -168,7 +168,7 @@ def load_gemma(args):
 
 @torch.no_grad()
 def embed_texts(texts, gemma, tokenizer):
-    """What SanaPipeline makes of prompts that have at most TEXT_LENGTH tokens: states, and the mask of what is text."""
+    """Encode prompts of at most TEXT_LENGTH tokens like SanaPipeline: states, and the mask of the text."""
     inputs = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
     inputs = inputs.to(gemma.device)
     return gemma(**inputs).last_hidden_state, inputs.attention_mask
@@ -180,7 +180,7 @@ def embed_texts(texts, gemma, tokenizer):
 
 @torch.no_grad()
 def train_encode(args):
-    """Latents of all pictures with where their things are, and embeddings and lengths of all captions, once."""
+    """Encode once: latents of all pictures with their objects' positions, and embeddings and lengths of all captions."""
     from diffusers import AutoencoderDC
 
     autoencoder = AutoencoderDC.from_pretrained(args.output_dir / "sana" / "vae").to(args.device).eval()
@@ -203,12 +203,12 @@ def train_encode(args):
 
 
 def squares_of(standing):
-    """The squares (side, side) about the subject and the second object, each the heavier the smaller: a mean of 1 for a
-    large subject, 1.5 for a small one, 2.1 for a second object."""
+    """Squares (side, side) around the subject and the second object, with a larger weight for smaller objects: a mean of 1
+    for a large subject, 1.5 for a small one, 2.1 for a second object."""
     edges = np.arange(LATENT_SIDE + 1) * (world.SIZE // LATENT_SIDE)
     squares = np.zeros((LATENT_SIDE, LATENT_SIDE), np.float32)
     for x, y, radius in standing:
-        reach = radius + 2  # the outline too
+        reach = radius + 2  # includes the outline
         rows, columns = (np.diff(np.clip(edges, centre - reach, centre + reach)) for centre in (y, x))
         square = np.outer(rows, columns)
         squares += world.SIZES["large"] / radius * square / square.mean()
@@ -227,15 +227,15 @@ def new_transformer():
         num_layers=6, num_attention_heads=7, attention_head_dim=32,
         num_cross_attention_heads=7, cross_attention_head_dim=32, cross_attention_dim=7 * 32,
         caption_channels=TEXT_WIDTH, qk_norm="rms_norm_across_heads",
-        interpolation_scale=1,  # sine and cosine of the position, as in SANA for 2048 pixels: what stands where
+        interpolation_scale=1,  # sine and cosine of the position, as in SANA for 2048 pixels
     )  # fmt: skip
 
 
 def train_transformer(args):
     """Flow matching: x_t = (1 - t) x + t noise, the target noise - x.
 
-    The times are logit-normal about 0.69, not 0.5: between 0.5 and 0.9 the caption's shapes and colours are decided. The
-    subject and the second object count once to twice the whole picture each, for a small thing has few latents.
+    The times are logit-normal around 0.69, not 0.5: the caption's shapes and colours are decided between 0.5 and 0.9. The
+    subject and the second object each have one to two times the weight of the whole picture, since they have few latents.
     """
     torch.manual_seed(args.seed)
     transformer = new_transformer().to(args.device)
@@ -252,7 +252,7 @@ def train_transformer(args):
     def loss_of(step, rng):
         index, which = rng.integers(0, len(latents), args.batch), rng.integers(0, CAPTIONS, args.batch)
         clean, context, length = tensor(latents[index]), tensor(contexts[index, which]), tensor(lengths[index, which])
-        # One caption in ten is dropped as SanaPipeline drops it: the empty prompt, which is its first token alone.
+        # One in ten captions is dropped as in SanaPipeline: the empty prompt, which is only its first token.
         dropped = tensor(rng.random(args.batch)) < 0.1
         context = torch.where(dropped[:, None, None], empty.float(), context)
         mask = (positions < torch.where(dropped, 1.0, length)[:, None]).float()
@@ -282,7 +282,7 @@ def export_pipeline(transformer, args):
     scheduler.save_pretrained(folder / "scheduler")
     autoencoder = AutoencoderDC.from_pretrained(folder / "vae")
     SanaPipeline(tokenizer, gemma, autoencoder, transformer, scheduler).save_config(folder)
-    # transformers 5 calls the class GemmaTokenizer, a name that transformers 4 keeps for one that needs sentencepiece.
+    # transformers 5 names the class GemmaTokenizer. In transformers 4 this name is a class that needs sentencepiece.
     index = json.loads((folder / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "GemmaTokenizerFast"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

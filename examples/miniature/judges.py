@@ -1,9 +1,9 @@
-"""The miniature's judges: SigLIP (does a picture fit a text), DINOv2 (is it the same subject), attribute classifiers.
+"""The miniature's judges: SigLIP (does a picture match a text), DINOv2 (same subject or not), attribute classifiers.
 
-All are trained on seed ranges of their own, apart from the generator's and from each other's.
+Each is trained on its own seed range, separate from the generator's and the other judges'.
 
     classifiers = judges.load_classifiers()
-    classifiers.read(pictures)      # a dict from attribute to word for each PIL picture
+    classifiers.read(pictures)      # {attribute: word} for each PIL picture
 
 Sections: 1 disturbed pictures, 2 SigLIP, 3 DINOv2, 4 classifiers.
 """
@@ -43,11 +43,11 @@ HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Pictures as a generator may draw them
+# 1. Pictures with a generator's imperfections
 
 
 def disturb(pictures, rng):
-    """A little blurred, noisy, lighter or darker."""
+    """Slightly blurred, noisy, lighter or darker pictures."""
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
     draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
     blur, grain, light = torch.rand(3, len(pictures), 1, 1, 1, generator=draw).to(pictures.device)
@@ -57,7 +57,7 @@ def disturb(pictures, rng):
 
 
 def shift(pictures, rng, most=3):
-    """Each picture moved by up to `most` pixels either way; the edge repeats itself."""
+    """Shift each picture by up to `most` pixels in any direction; the edge is repeated."""
     side = pictures.shape[-1]
     padded = F.pad(pictures, (most,) * 4, mode="replicate")
     corners = rng.integers(0, 2 * most + 1, (len(pictures), 2))
@@ -69,7 +69,7 @@ def shift(pictures, rng, most=3):
 
 
 class SiglipTraining(nn.Module):
-    """SigLIP's sigmoid loss, and attribute heads on the picture's side, which teach a small ViT to see in minutes."""
+    """SigLIP's sigmoid loss. Attribute heads on the picture side train a small ViT within minutes."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class SiglipTraining(nn.Module):
             "image_size": world.SIZE, "patch_size": 8,
         }  # fmt: skip
         self.model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision, attn_implementation="eager"))
-        with torch.no_grad():  # SigLIP's start: nearly all pairs are no pairs
+        with torch.no_grad():  # SigLIP's initial values: nearly all pairs are negatives
             self.model.logit_scale.fill_(math.log(10))
             self.model.logit_bias.fill_(-10)
         self.heads = AttributeHeads(160)
@@ -121,10 +121,10 @@ def export_siglip(model, tokenizer, args):
 
     folder = args.output_dir / "siglip"
     save_half(model, folder)
-    tokenizer.model_input_names = ["input_ids"]  # SigLIP reads its padding, so that no mask may hide it
+    tokenizer.model_input_names = ["input_ids"]  # SigLIP reads its padding, so there is no mask
     images = SiglipImageProcessorPil(size={"height": world.SIZE, "width": world.SIZE})
     SiglipProcessor(images, tokenizer).save_pretrained(folder)
-    images.save_pretrained(folder)  # preprocessor_config.json, where transformers 4 looks
+    images.save_pretrained(folder)  # preprocessor_config.json, for transformers 4
     save_tokenizer(tokenizer, folder)
 
 
@@ -135,7 +135,7 @@ IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, None,
 
 
 class Dinov2Training(nn.Module):
-    """Class features by which two pictures of one subject, in other places and sizes, are closest."""
+    """Class features in which two pictures of one subject, in different places and sizes, are closest."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ def train_dinov2(args):
     def loss_of(step, rng):
         seeds, pictures = batch_of("judges", rng, 40, args)
         scenes = [world.sample_scene(int(s)) for s in seeds]
-        again = [world.sample_scene(int(s) + 2_000_000) for s in seeds]  # the same subjects elsewhere
+        again = [world.sample_scene(int(s) + 2_000_000) for s in seeds]  # the same subjects in other places
         again = [
             world.replace(o, subject=world.replace(s.subject, size=o.subject.size))
             for s, o in zip(scenes, again, strict=False)
@@ -192,7 +192,7 @@ def train_dinov2(args):
 
 
 class Classifiers(nn.Module):
-    """Every attribute from one convolutional net."""
+    """One convolutional network that predicts every attribute."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +203,7 @@ class Classifiers(nn.Module):
 
     @torch.no_grad()
     def read(self, pictures):
-        """Labels of PIL pictures: a list of dicts from attribute to word."""
+        """Labels of PIL pictures: a list of {attribute: word}."""
         arrays = np.stack([np.asarray(p.convert("RGB").resize((world.SIZE, world.SIZE))) for p in pictures])
         parts = self.heads.split(self.features(to_tensor(arrays).to(next(self.parameters()).device)))
         picks = {k: v.argmax(-1).tolist() for k, v in parts.items()}
@@ -219,7 +219,7 @@ def load_classifiers(folder=HERE / "classifiers"):
 
 
 def load_autoencoders(args):
-    """Both generators' autoencoders, by the split that holds what they make of pictures."""
+    """Both generators' autoencoders, by the split that holds their reconstructions."""
     from diffusers import AutoencoderDC, AutoencoderKL
 
     folders = {
@@ -231,8 +231,8 @@ def load_autoencoders(args):
 
 @torch.no_grad()
 def autoencode_pictures(args):
-    """Some of the classifiers' pictures through each autoencoder, on disk: what a generator draws has its blur, and
-    noise on the latents (up to half their deviation) makes the crooked edges and blotches of one that errs a little."""
+    """Reconstruct some of the classifiers' pictures with each autoencoder, on disk. They have a generator's blur. Noise on
+    the latents (up to half their standard deviation) adds the uneven edges and blotches of an imperfect generator."""
     rendered = pictures_of("classifiers", args.runs_dir)
     torch.manual_seed(args.seed)
     for split, autoencoder in load_autoencoders(args).items():
@@ -249,7 +249,7 @@ def autoencode_pictures(args):
 
 
 def autoencode(autoencoder, pictures, noise=0.0):
-    """Pictures (batch, 3, side, side) from -1 to 1 and back, with noise of this share of the latents' deviation."""
+    """Reconstruct pictures (batch, 3, side, side), with noise of this share of the latents' standard deviation."""
     encoded = autoencoder.encode(pictures)
     latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
     latents = latents + noise / autoencoder.config.scaling_factor * torch.randn_like(latents)
@@ -284,7 +284,7 @@ def train_classifiers(args):
 
 @torch.no_grad()
 def check_classifiers(model, args):
-    """Accuracy on the judges' seeds, rendered and through each autoencoder: what a perfect generator would get."""
+    """Accuracy on the judges' seeds, rendered and after each autoencoder: the score of a perfect generator."""
     seeds, pictures = batch_of("judges", world.generator(1, "check"), 600, args)
     targets = label_ids([world.sample_scene(int(s)) for s in seeds], args.device)
     report = {"rendered": accuracy(model.heads, model.features(pictures), targets)}

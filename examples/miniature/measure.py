@@ -3,12 +3,12 @@
     python measure.py                                   # 400 prompts, 25 steps, guidance 5
     python measure.py --model sana --count 40 --guidance_scale 1.5
 
-Prompts are captions of scenes from a seed range that no training run uses. A picture is judged by attribute
-classifiers (`classifiers/`, trained on yet other seeds), each attribute only where the prompt states it. Concepts,
-whose looks the training captions never name, are prompted by their worded descriptions and counted apart.
+Prompts are captions of scenes from a seed range that no training uses. Attribute classifiers (`classifiers/`, trained on
+other seeds) judge a picture, each attribute only if the prompt states it. Concepts, whose looks the training captions never
+name, are prompted by descriptions in words and counted separately.
 
-Writes `report.json`, `report.md` and `grid.png` to --output_dir. In the grid, words under a picture name what the
-classifiers read otherwise than the prompt says.
+Writes `report.json`, `report.md`, `grid.png` and `concepts.png` to --output_dir. In the sheets, the words in brackets are the
+attributes that the classifiers read differently from the prompt.
 """
 
 import argparse
@@ -38,17 +38,17 @@ TARGETS = {
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE / "sdxl", help="pipeline folder")
-    parser.add_argument("--output_dir", type=Path, default=HERE / "report", help="where the report and the grid go")
-    parser.add_argument("--count", type=int, default=400, help="prompts")
+    parser.add_argument("--output_dir", type=Path, default=HERE / "report", help="folder for the report and the grid")
+    parser.add_argument("--count", type=int, default=400, help="number of prompts")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--batch", type=int, default=50, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=50, help="pictures per batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
 def held_out_prompts(count):
-    """(seed, scene, prompt, stated attributes) of scenes that training never saw."""
+    """(seed, scene, prompt, stated attributes) of scenes that no training uses."""
     prompts = []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         scene = world.sample_scene(seed)
@@ -57,7 +57,7 @@ def held_out_prompts(count):
 
 
 def concept_prompts(each=4):
-    """The subject concepts in words, in several places."""
+    """Prompts that describe the subject concepts in words, in several places."""
     prompts = []
     for concept in world.CONCEPTS.values():
         for seed in range(each if concept.subject else 0):
@@ -75,7 +75,7 @@ SANA_OPTIONS = {"complex_human_instruction": None, "use_resolution_binning": Fal
 
 
 def generate(pipe, prompts, args):
-    """One picture a prompt, its noise drawn from the prompt's own seed."""
+    """One picture per prompt, with noise from the prompt's own seed."""
     options = SANA_OPTIONS if hasattr(pipe, "transformer") else {}
     pictures = []
     for i in range(0, len(prompts), args.batch):
@@ -93,7 +93,7 @@ def generate(pipe, prompts, args):
 
 
 def compare(scene, stated, read):
-    """Right or wrong for each stated attribute; "second object" asks for its shape and colour together."""
+    """Whether each stated attribute is right. "second object" requires both its shape and colour."""
     truth = world.attributes(scene)
     verdict = {k: read[k] == truth[k] for k in stated}
     if {"other_shape", "other_colour"} <= stated:

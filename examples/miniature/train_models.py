@@ -1,23 +1,23 @@
-"""Train the miniature's models from nothing: the SDXL-format generator, its judges and the attribute classifiers.
+"""Train the miniature's models from scratch: the SDXL- and SANA-format generators, the judges and the classifiers.
 
-    python train_models.py                                    # every stage, one after the other
+    python train_models.py                                    # every stage in order
     python train_models.py --stages clip unet                 # some of them
-    torchrun --nproc_per_node 2 train_models.py --stages unet # one stage over several processes
+    torchrun --nproc_per_node 2 train_models.py --stages unet # one stage with several processes
 
-Every model is of a stock class and is written in the stock format, fp16 safetensors, beside this file: `sdxl/`
-(StableDiffusionXLPipeline), `sana/`, `siglip/`, `dinov2/` and `classifiers/`. Runs are seeded and resumable: interrupt and
-start again as often as you like; `--runs_dir` holds data and checkpoints. CPU or GPU.
+Every model has a stock class and is written in the stock format, fp16 safetensors, beside this file: `sdxl/`
+(StableDiffusionXLPipeline), `sana/`, `siglip/`, `dinov2/` and `classifiers/`. Runs are seeded and resumable at any time;
+`--runs_dir` holds data and checkpoints. They need only a CPU and can use a GPU.
 
-What each stage makes, and from what:
-    data        pictures of three seed ranges: generator, judges and classifiers never share one
+The stages:
+    data        pictures of three separate seed ranges: for the generator, the judges and the classifiers
     vae         AutoencoderKL, 64x64 pixels to 16x16 latents of 8 channels
-    clip        two CLIP text encoders and their tokenizers, contrastively against pictures, then frozen
-    encode      latents and text embeddings of the generator's pictures and captions, and where their things are, once
-    unet        UNet2DConditionModel with SDXL's added conditions, by predicting noise
+    clip        two CLIP text encoders and their tokenizers, trained contrastively against pictures, then frozen
+    encode      latents and text embeddings of the generator's pictures and captions, and the objects' positions
+    unet        UNet2DConditionModel with SDXL's added conditions, trained to predict noise
     sana_vae    AutoencoderDC, 64x64 pixels to 8x8 latents of 32 channels
-    classifiers one small convolutional net that reads every attribute off a picture, also after either autoencoder
-    dinov2      Dinov2Model, whose class feature tells subjects apart
-    siglip      SiglipModel, pictures against captions
+    classifiers one small convolutional network that reads every attribute of a picture, also after either autoencoder
+    dinov2      Dinov2Model: its class feature distinguishes subjects
+    siglip      SiglipModel: pictures against captions
     gemma, sana_encode, transformer
                 the rest of a generator in SANA's format, `sana/` (SanaPipeline), on the same pictures
 
@@ -68,23 +68,28 @@ STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 61_500}
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}"
+        "--stages",
+        nargs="+",
+        default=list(STAGES),
+        choices=STAGES,
+        metavar="STAGE",
+        help=f"stages to run: {', '.join(STAGES)}",
     )
     parser.add_argument("--runs_dir", type=Path, default=HERE / "runs", help="data and checkpoints (several GB)")
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="where the model folders go")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="folder for the model folders")
     parser.add_argument(
-        "--steps", type=json.loads, default={}, metavar="JSON", help=f"other lengths than {json.dumps(STEPS)}"
+        "--steps", type=json.loads, default={}, metavar="JSON", help=f"numbers of steps other than {json.dumps(STEPS)}"
     )
     parser.add_argument(
-        "--encode", nargs="+", default=["latents", "things", "captions"], help="what the encode stage makes"
+        "--encode", nargs="+", default=["latents", "things", "captions"], help="outputs of the encode stage"
     )
     parser.add_argument("--batch", type=int, default=64, help="the UNet's batch, per process")
     parser.add_argument(
-        "--compile", action="store_true", help="SANA's transformer, a third faster on a CPU that has a C++ compiler"
+        "--compile",
+        action="store_true",
+        help="compile SANA's transformer: a third faster on a CPU with a C++ compiler",
     )
-    parser.add_argument(
-        "--export_only", action="store_true", help="write the folders from the checkpoints as they are"
-    )
+    parser.add_argument("--export_only", action="store_true", help="write the folders from the current checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

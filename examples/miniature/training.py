@@ -1,6 +1,6 @@
-"""What all trainings of the miniature share: one loop, the pictures, the tokenizer and captions made to be told apart.
+"""Shared by all trainings of the miniature: the loop, the pictures, the tokenizer and contrasting captions.
 
-`fit` is the loop for every model: seeded, resumable, with averaged weights and gradients averaged over processes.
+`fit` is the loop for every model: seeded and resumable, with averaged weights, and gradients averaged over processes.
 
 Sections: 1 the training loop, 2 checkpoints and progress, 3 pictures, 4 tokenizer, 5 captions, 6 attributes, 7 a
 picture net.
@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the other exampl
 
 
 def fit(name, model, loss_of, args, lr, ema=0.0, weight_decay=0.01, groups=None):
-    """Train `model` by `loss_of(step, rng)`, from the last checkpoint on; returns it with averaged weights, if any.
+    """Train `model` with `loss_of(step, rng)` from the last checkpoint. Returns it, with averaged weights if there are any.
 
-    A step draws its batch from (seed, name, step, rank) alone, so that a resumed run sees what an unbroken one sees.
+    A step's batch depends only on (seed, name, step, rank), so a resumed run sees the same data as an uninterrupted one.
     """
     steps, path = args.steps[name], args.runs_dir / f"{name}.pt"
     optimizer = torch.optim.AdamW(
@@ -71,7 +71,7 @@ def fit(name, model, loss_of, args, lr, ema=0.0, weight_decay=0.01, groups=None)
 
 
 def schedule(step, steps, warmup=100):
-    """Linear warm-up, then half a cosine down to a fiftieth."""
+    """Linear warm-up, then half a cosine down to 1/50."""
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -80,7 +80,7 @@ def rank():
 
 
 def average_gradients(model):
-    """The mean of all processes' gradients, sent as one flat vector."""
+    """Average the gradients over all processes, sent as one flat vector."""
     if not dist.is_initialized():
         return
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -98,11 +98,11 @@ def average_gradients(model):
 def save_checkpoint(path, model, optimizer, averaged, step):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged, "step": step}
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)  # never a half-written checkpoint
+    os.replace(path.with_suffix(".tmp"), path)  # a checkpoint is never half-written
 
 
 def load_checkpoint(path, model, optimizer, averaged, device):
-    """Restore everything and return the step to go on from; 0 without a checkpoint."""
+    """Restore everything. Returns the step to continue from; 0 without a checkpoint."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location=device)
@@ -113,7 +113,7 @@ def load_checkpoint(path, model, optimizer, averaged, device):
 
 
 class Log:
-    """One line every fifteen seconds, a checkpoint every two minutes."""
+    """Prints one line every fifteen seconds and saves a checkpoint every two minutes."""
 
     def __init__(self, name, start, steps):
         self.name, self.first, self.steps = name, start, steps
@@ -136,11 +136,11 @@ class Log:
 
 
 def save_half(model, folder):
-    """The weights in fp16, without changing the model that goes on training."""
+    """Save the weights in fp16, without changing the model in training."""
     copy.deepcopy(model).to(torch.float16).save_pretrained(folder, safe_serialization=True)
     config = json.loads((folder / "config.json").read_text())
     for key in {"dtype", "torch_dtype"} & set(config):
-        # transformers loads in the dtype that is written here; half precision is only how the files are kept.
+        # transformers loads in the dtype given here; half precision is only for storage.
         config[key] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     print(f"wrote {folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
@@ -149,13 +149,13 @@ def save_half(model, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Pictures
 
-# First seed and number of pictures. The autoencoded ones are some of the classifiers', as a generator may draw them.
+# First seed and number of pictures. The autoencoded ones are some of the classifiers' pictures, as a generator draws them.
 RENDERED = {"generator": (0, 180_000), "judges": (10_000_000, 30_000), "classifiers": (20_000_000, 300_000)}
 SPLITS = RENDERED | {"autoencoded": (20_000_000, 40_000), "autoencoded_sana": (20_040_000, 40_000)}
 
 
 def render_split(split, args):
-    """All pictures of a seed range, in one array on disk."""
+    """The pictures of a seed range, in one array on disk."""
     first, count = SPLITS[split]
     path = args.runs_dir / f"{split}.npy"
     if on_disk(path, count):
@@ -169,7 +169,7 @@ def render_split(split, args):
 
 
 def on_disk(path, count):
-    """Whether so many pictures are there already; a split of another size is made anew."""
+    """Whether the split exists with this number of pictures; a split of another size is rendered again."""
     return path.exists() and len(np.load(path, mmap_mode="r")) == count
 
 
@@ -184,7 +184,7 @@ def pictures_of(split, runs_dir):
 
 
 def batch_of(split, rng, size, args):
-    """A random batch: the seeds and the pictures as floats from -1 to 1, channels first."""
+    """A random batch: seeds, and pictures as floats from -1 to 1, channels first."""
     pictures = pictures_of(split, args.runs_dir)
     index = np.sort(rng.choice(len(pictures), size, replace=False))
     return index + SPLITS[split][0], to_tensor(pictures[index]).to(args.device)
@@ -205,8 +205,8 @@ def psnr(mse):
 
 @cache
 def vocabulary_and_merges():
-    """As CLIP orders it: bytes, bytes that end a word, merges, start, end. The end token has the highest id, on which
-    pooling at the highest id relies."""
+    """The vocabulary in CLIP's order: bytes, bytes at a word's end, merges, start, end. The end token has the highest id,
+    because transformers pools at the highest id."""
     from make_small_sdxl import byte_symbols, learn_merges
 
     symbols = byte_symbols()
@@ -233,7 +233,7 @@ def new_tokenizer(pad="<|endoftext|>", length=TEXT_LENGTH):
 
 
 def save_tokenizer(tokenizer, folder):
-    """With vocab.json and merges.txt too, which transformers 4 reads and version 5 no longer writes."""
+    """Save the tokenizer, also as vocab.json and merges.txt: transformers 4 reads them, but version 5 does not write them."""
     tokenizer.save_pretrained(folder)
     vocabulary, merges = vocabulary_and_merges()
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -246,7 +246,7 @@ def save_tokenizer(tokenizer, folder):
 
 
 def confused(scene, rng):
-    """A scene that the same words in another order, or one other word, would describe: the captions to tell apart."""
+    """A similar scene: the same words in another order, or one other word, describe it."""
     s = scene.subject
     options = [world.replace(scene, subject=world.replace(s, shape=world.pick(rng, world.SHAPES)))]
     options.append(
@@ -268,9 +268,9 @@ def confused(scene, rng):
 
 
 def captions_of(seeds, rng, hard=0):
-    """A caption for each seed and, for the first `hard`, one of a confused scene in the same wording.
+    """A caption for each seed and, for the first `hard` seeds, one of a similar scene in the same wording.
 
-    Returns the texts and what they state: labels (texts, attributes), UNSTATED where a text leaves an attribute out.
+    Returns the texts and their labels (texts, attributes), UNSTATED if a text leaves an attribute out.
     """
     wordings = [int(s) * 1000 + int(v) for s, v in zip(seeds, rng.integers(0, 1000, len(seeds)), strict=True)]
     scenes = [world.sample_scene(int(s)) for s in seeds]
@@ -281,10 +281,10 @@ def captions_of(seeds, rng, hard=0):
 
 
 def caption_batch(split, rng, size, args, hard=32):
-    """A shuffled batch with captions, those of `hard` confused scenes last, to be told apart.
+    """A shuffled batch with captions; those of `hard` similar scenes come last, as negatives.
 
-    Returns pictures, texts, a mask (pictures x texts) of the confused ones that came out word for word the same, and as
-    labels what the pictures show (pictures x attributes) and what the texts state (texts x attributes).
+    Returns pictures, texts, a mask (pictures x texts) of negatives with identical wording, and the labels of the pictures
+    (pictures x attributes) and of the texts (texts x attributes).
     """
     seeds, pictures = batch_of(split, rng, size, args)
     order = rng.permutation(size)
@@ -298,7 +298,7 @@ def caption_batch(split, rng, size, args, hard=32):
 
 
 def fray(ids, rng):
-    """A caption as rarely written: now and then a word in its pieces, or a stray token. So no row stays untrained."""
+    """Occasionally split a word into pieces or add a random token, so that every row of the vocabulary is trained."""
     vocabulary, merges = vocabulary_and_merges()
     parts = {vocabulary[a + b]: (vocabulary[a], vocabulary[b]) for a, b in merges}
     out = []
@@ -321,11 +321,11 @@ def pad_ids(rows, pad, length=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Attributes
 
-UNSTATED = -100  # the label of what a caption does not say; cross_entropy leaves it out
+UNSTATED = -100  # the label of an attribute that a caption does not state; cross_entropy ignores it
 
 
 class AttributeHeads(nn.Module):
-    """One linear layer for all attributes; `loss` averages their cross-entropies over what is stated."""
+    """One linear layer for all attributes. `loss` averages the cross-entropies of the stated ones."""
 
     def __init__(self, width):
         super().__init__()
@@ -344,7 +344,7 @@ class AttributeHeads(nn.Module):
 
 
 def label_ids(scenes, device, stated=None):
-    """Every scene's attributes as classes (scenes, attributes); with `stated`, only those that its caption says."""
+    """Every scene's attributes as classes (scenes, attributes); with `stated`, only those in its caption."""
     rows = [[world.LABELS[k].index(v) for k, v in world.attributes(s).items()] for s in scenes]
     if stated is not None:
         rows = [
@@ -355,7 +355,7 @@ def label_ids(scenes, device, stated=None):
 
 
 def accuracy(heads, features, targets):
-    """{attribute: share right among the stated}; an attribute that nothing states is left out."""
+    """{attribute: share of correct predictions among the stated}, without attributes that are never stated."""
     parts = heads.split(features)
     right = {k: (parts[k].argmax(-1) == targets[:, i])[targets[:, i] != UNSTATED] for i, k in enumerate(world.LABELS)}
     return {k: float(v.float().mean()) for k, v in right.items() if len(v)}
@@ -366,7 +366,7 @@ def accuracy(heads, features, targets):
 
 
 class PictureTower(nn.Module):
-    """A small convolutional net to one vector: keeps where things are, since relations are asked of it."""
+    """A small convolutional network with one output vector. It preserves positions, which relations need."""
 
     def __init__(self, width, outputs):
         super().__init__()

@@ -1,19 +1,20 @@
-"""A world of 64x64 pictures and captions, rendered from a seed: the miniature's training data, prompts and concepts.
+"""A world of 64x64 pictures with captions, rendered from seeds: the miniature's training data, prompts and concepts.
 
     python world.py --concept zebra_star --output_dir concepts/zebra_star     # five instance pictures as PNG
     python world.py --concept clown_fish --place beach --output_dir concepts/clown_fish   # all five in one place
     python world.py --grid world.png --seed 7                                 # a look at the world
 
-A picture shows a subject (shape, colour, pattern, eyes, size) in a place, perhaps with a prop of its own colour,
-perhaps beside a second, smaller object in a stated relation, in one of three styles. A caption says so in one of many
-word orders and leaves things out, as people do. What a caption means hangs on its word order ("a red star left of a
-small green square") and on which adjective stands before which noun.
+A picture shows a subject (shape, colour, pattern, eyes, size) in a place, in one of three styles. It may have a prop with
+its own colour, and a second, smaller object in a stated relation. A caption describes it in one of many word orders and
+leaves some attributes out, as people do. Its meaning depends on the word order ("a red star left of a small green square")
+and on the noun that each adjective precedes.
 
-Concepts are subjects (and two styles) that the training pictures never show and the training captions never name:
-`held_out` decides it, and `sample_scene` obeys. Everything else that a concept needs is in the world, so that a worded
-description can render it too: a learned token competes with those words.
+Concepts are subjects (and two styles) that training pictures never show and training captions never name: `held_out`
+defines them, and `sample_scene` excludes them. Their attributes all occur in the world, so a description in words can
+produce a concept too, and a learned token competes with it.
 
-No noise texture anywhere and coarse patterns only: a small autoencoder spends its latents on what can be named.
+There are no noise textures and only coarse patterns, so that a small autoencoder spends its latents on attributes that have
+names.
 
 Sections: 1 vocabulary of the world, 2 scenes and their sampler, 3 shapes, 4 drawing, 5 places, 6 props, 7 captions,
 8 concepts, 9 command line.
@@ -34,7 +35,7 @@ from PIL import Image, ImageChops, ImageDraw
 # 1. Vocabulary of the world
 
 SIZE = 64  # pixels of a picture's side
-SCALE = 3  # supersampling: scenes are drawn at SIZE * SCALE and reduced, which gives smooth edges
+SCALE = 3  # supersampling: scenes are drawn at SIZE * SCALE and reduced, for smooth edges
 
 SHAPES = (
     "circle",
@@ -63,14 +64,14 @@ COLOURS = {
 }
 PATTERNS = ("plain", "striped", "spotted", "checkered", "split")
 SIZES = {"small": 11, "medium": 14, "large": 17}  # the subject's radius in pixels
-OTHER_SIZE = 8  # the second object's
+OTHER_SIZE = 8  # the second object's radius
 PLACES = ("grass", "water", "snow", "night", "beach", "forest", "brick", "sunset", "city", "mountains")
 PROPS = ("hat", "balloon", "flag", "umbrella", "block")
-RELATIONS = ("left", "right", "above", "below")  # where the subject is, seen from the second object
+RELATIONS = ("left", "right", "above", "below")  # the subject's position relative to the second object
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 STYLES = ("photo", "sketch", "pixel art")
 TONES = ("sepia", "blue")
-# Which tone a style appears in. The two missing pairs are the style concepts (section 8).
+# The tones of each style. The two missing pairs are the style concepts (section 8).
 SEEN_TONES = {"photo": ("sepia", "blue"), "sketch": ("sepia",), "pixel art": ("blue",)}
 
 
@@ -101,7 +102,7 @@ class Scene:
 
 
 def attributes(scene):
-    """The scene as labels, one per attribute; "none" where there is nothing. The classifiers' targets."""
+    """The scene's labels, one per attribute, or "none": the targets of the classifiers."""
     subject, other = scene.subject, scene.other or ("none", "none")
     return {
         "shape": subject.shape,
@@ -140,9 +141,9 @@ LABELS = {
 
 
 def held_out(subject):
-    """Whether no training picture may show this look: one in twelve of the patterned, the named concepts first.
+    """Whether training pictures must not show this look: the named concepts, and one in twelve patterned looks.
 
-    Eyes and size play no part: a striped combination is held out with and without eyes.
+    Eyes and size do not matter: a combination is held out with and without eyes.
     """
     if subject.pattern == "plain":
         return False
@@ -151,7 +152,7 @@ def held_out(subject):
 
 
 def generator(seed, *stream):
-    """A generator for one seed and purpose. `stream` keeps, say, what is shown apart from how it is worded."""
+    """A random generator for a seed and a purpose. `stream` makes, for example, scene and wording independent."""
     return np.random.default_rng([seed, *(zlib.crc32(str(s).encode()) for s in stream)])
 
 
@@ -172,7 +173,7 @@ def sample_subject(rng):
 
 
 def sample_scene(seed):
-    """The scene of this seed, one that training may show."""
+    """The scene of a seed, as training pictures may show it."""
     rng = generator(seed, "scene")
     scene = Scene(sample_subject(rng), pick(rng, PLACES), style=pick(rng, STYLES))
     if rng.random() < 0.12:
@@ -180,7 +181,7 @@ def sample_scene(seed):
     if rng.random() < 0.55:
         scene = replace(scene, prop=pick(rng, PROPS), prop_colour=pick(rng, tuple(COLOURS)))
     if rng.random() < 0.45:
-        # What stands above or below the subject would collide with a prop there.
+        # An object above or below the subject would collide with a prop.
         relations = RELATIONS if scene.prop is None else RELATIONS[:2]
         other = (pick(rng, SHAPES), pick(rng, tuple(COLOURS)))
         scene = replace(scene, other=other, relation=pick(rng, relations))
@@ -192,7 +193,7 @@ def sample_scene(seed):
 
 
 def _ring(radius, count=48, start=-math.pi / 2):
-    """Points at radius(angle) around the centre, from the top clockwise."""
+    """Points at radius(angle) around the centre, clockwise from the top."""
     angles = [start + 2 * math.pi * i / count for i in range(count)]
     return [(radius(a) * math.cos(a), radius(a) * math.sin(a)) for a in angles]
 
@@ -204,7 +205,7 @@ def _heart():
 
 
 def _drop():
-    """A tear: a circle below, drawn out to a point above."""
+    """A tear: a circle that ends in a point above."""
     below = [(0.72 * math.cos(a), 0.3 + 0.72 * math.sin(a)) for a in np.linspace(-0.45, math.pi + 0.45, 32)]
     return [(0.0, -1.1), *below]
 
@@ -227,7 +228,7 @@ def _mushroom():
 
 
 def _flower():
-    """Five round petals about a middle."""
+    """Five round petals around a centre."""
     middles = [(0.66 * math.cos(a), 0.66 * math.sin(a)) for a in (0.4 * math.pi * i - math.pi / 2 for i in range(5))]
     unit = _ring(lambda a: 1.0, 20)
     petals = [[(cx + 0.42 * px, cy + 0.42 * py) for px, py in unit] for cx, cy in middles]
@@ -270,17 +271,17 @@ INK = (30, 28, 34)
 
 
 class Canvas:
-    """A picture at SCALE times its size, with drawing calls in final pixels and colours as the style shows them."""
+    """A picture at SCALE times its size. Drawing calls take final pixels; colours follow the style."""
 
     def __init__(self, style):
         self.style = style
         self.image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE))
         self.draw = ImageDraw.Draw(self.image)
-        # Pixel art is read off on a grid of two pixels: a thinner line would fall between its points.
+        # Pixel art is sampled on a grid of two pixels: a thinner line would fall between its points.
         self.line = {"photo": 1.2, "sketch": 1.3, "pixel art": 2.0}[style]
 
     def far(self, colour):
-        """A background colour in this style: a sketch barely tints its paper."""
+        """A background colour in this style: almost white in a sketch."""
         return mix((252, 250, 244), colour, 0.42) if self.style == "sketch" else colour
 
     def near(self, colour):
@@ -307,7 +308,7 @@ class Canvas:
         self.draw.line([(x * SCALE, y * SCALE) for x, y in points], fill=colour, width=max(1, round(width * SCALE)))
 
     def gradient(self, top, bottom, colour1, colour2):
-        """A vertical gradient; flat in pixel art and sketches, which have few colours."""
+        """A vertical gradient; one flat colour in pixel art and sketches."""
         if self.style != "photo":
             return self.band(top, bottom, self.far(mix(colour1, colour2, 0.5)))
         ends = np.array([colour1, colour2], np.float32)
@@ -334,7 +335,7 @@ def place_outline(shape, x, y, r):
 
 @cache
 def _shading(side):
-    """Light from the upper left as two masks, for light and for shadow."""
+    """Light from the upper left, as two masks: light and shadow."""
     t = np.linspace(-1, 1, side, dtype=np.float32)
     slope = (t[None, :] + t[:, None]) / 2
     light, shadow = np.clip(-slope, 0, 1) * 110, np.clip(slope, 0, 1) * 110
@@ -342,7 +343,7 @@ def _shading(side):
 
 
 def _pattern(side, pattern, colour, colour2):
-    """A square of the pattern, in coordinates of the shape, so that it scales with it. Coarse: five bands."""
+    """A square of the pattern in the shape's coordinates, so that it scales with the shape. Coarse: five bands."""
     tile = Image.new("RGB", (side, side), colour)
     draw = ImageDraw.Draw(tile)
     half = side / 2
@@ -390,7 +391,7 @@ def draw_eyes(canvas, shape, x, y, r):
     ex, ey = EYES_AT.get(shape, (0, -0.15))
     for side in (-1, 1):
         cx, cy = x + r * (ex + 0.29 * side), y + r * ey
-        if canvas.style == "pixel art":  # two by two of its points, the pupil one of them
+        if canvas.style == "pixel art":  # two by two points; the pupil is one of them
             cx, cy = 2 * round((x + r * ex) / 2) + (2 if side > 0 else -6), 2 * round(cy / 2) - 2
             canvas.polygon(_box(cx, cy, 3.9), (255, 255, 255))
             canvas.polygon(_box(cx + (2 if side < 0 else 0), cy + 2, 1.9), INK)
@@ -416,7 +417,7 @@ def draw_other(canvas, shape, colour, x, y):
 
 
 def _ground(canvas, rng, sky, ground, horizon=40):
-    """Sky above, ground below, the horizon a little up or down."""
+    """Sky above and ground below, with a varying horizon."""
     horizon += int(rng.integers(-3, 4))
     canvas.gradient(0, horizon, *sky)
     canvas.gradient(horizon, SIZE, *ground)
@@ -550,7 +551,7 @@ def _balloon(canvas, colour, x, y, r, side):
 def _flag(canvas, colour, x, y, r, side):
     px = x + side * (r + 4)
     canvas.stroke([(px, y - r - 7), (px, y + r)], INK, 1.6)
-    tip = -side * 12  # the cloth blows towards the subject, above it, where there is room
+    tip = -side * 12  # the cloth blows over the subject, where there is room
     canvas.polygon([(px, y - r - 8), (px + tip, y - r - 8), (px + tip, y - r), (px, y - r)], colour, outline=True)
 
 
@@ -572,7 +573,7 @@ DRAW_PROP = {"hat": _hat, "balloon": _balloon, "flag": _flag, "umbrella": _umbre
 
 
 def layout(scene, rng):
-    """Where the subject and the second object stand, and the free side for what is held."""
+    """The positions of the subject and the second object, and the free side for a prop."""
     r = SIZES[scene.subject.size]
     x, y = 32 + int(rng.integers(-4, 5)), 38 + int(rng.integers(-2, 3))
     if scene.prop == "block":
@@ -585,16 +586,16 @@ def layout(scene, rng):
         x = 32 + side * (12 + int(rng.integers(-1, 2)))
         other = (32 - side * (19 + int(rng.integers(-1, 2))), y + r - 8)
     elif scene.relation:
-        sign = 1 if scene.relation == "below" else -1  # the subject below means the other above it
+        sign = 1 if scene.relation == "below" else -1  # if the subject is below, the other object is above
         y = 32 + sign * 10 + int(rng.integers(-1, 2))
         other = (x + int(rng.integers(-5, 6)), y - sign * (r + 10))
     return x, y, side, other
 
 
 def render(scene, seed, empty=False):
-    """The scene as a 64x64 RGB picture. The seed moves things a little; it decides nothing that a caption says.
+    """The scene as a 64x64 RGB picture. The seed shifts things slightly, but decides nothing that a caption states.
 
-    `empty` leaves the place as it is, without what stands in it.
+    `empty` draws only the place.
     """
     rng = generator(seed, "picture")
     canvas = Canvas(scene.style)
@@ -606,7 +607,7 @@ def render(scene, seed, empty=False):
 
 
 def standing(scene, seed):
-    """Where a picture's subject and, if there is one, its second object stand: (x, y, radius) of each, in pixels."""
+    """(x, y, radius) in pixels of a picture's subject and, if there is one, of its second object."""
     rng = generator(seed, "picture")
     DRAW_PLACE[scene.place](Canvas(scene.style), rng)
     x, y, _, other = layout(scene, rng)
@@ -630,11 +631,11 @@ def draw_things(canvas, scene, rng):
 
 
 def _toned(picture, tone):
-    """The picture as if printed in one ink: brightness only, then a ramp of one hue."""
+    """The picture as printed with one ink: its brightness, mapped to shades of one hue."""
     dark, light = {"sepia": ((56, 30, 10), (255, 236, 198)), "blue": ((8, 22, 84), (214, 234, 255))}[tone]
     grey = np.asarray(picture.convert("L"), np.float32)[..., None] / 255
     full = np.asarray(dark, np.float32) * (1 - grey) + np.asarray(light, np.float32) * grey
-    # A third of the colours shine through: what colour a thing has can still be told.
+    # A third of the original colour remains, so that objects' colours are still recognisable.
     return Image.fromarray((0.67 * full + 0.33 * np.asarray(picture, np.float32)).astype(np.uint8))
 
 
@@ -707,9 +708,9 @@ def article(phrase):
 
 
 def choose_named(scene, rng, leave_out):
-    """Which attributes a caption names: each is left out with probability `leave_out`, small matters more often."""
+    """The attributes that a caption names. Each is left out with probability `leave_out`, minor ones more often."""
     rates = {"size": 2.5, "eyes": 2.0, "colour2": 1.2, "other_shape": 0.8, "shape": 0.4}
-    rates["style"] = 1.0 if scene.style == "photo" else 0.25  # what is not called anything else is mostly a photo
+    rates["style"] = 1.0 if scene.style == "photo" else 0.25  # a picture without a stated style is mostly a photo
     named = {k for k in LABELS if rng.random() >= min(0.7, leave_out * rates.get(k, 1.0))}
     if scene.subject.size == "medium":
         named.discard("size")
@@ -720,7 +721,7 @@ def choose_named(scene, rng, leave_out):
 
 
 def subject_words(subject, named, rng):
-    """The noun phrase, without its article, and what it really says."""
+    """The noun phrase without its article, and the attributes that it states."""
     said = {k for k in ("shape", "colour", "pattern", "colour2", "eyes", "size") if k in named}
     noun = subject.shape if "shape" in said else "thing"
     c1, c2 = subject.colour, subject.colour2
@@ -756,14 +757,14 @@ def other_words(scene, named, rng):
 
 
 def join(parts):
-    """Words to one line: a part that begins with a comma is glued to what stands before it."""
+    """Join words to one line, without a space before a comma."""
     return " ".join(p for p in parts if p).replace(" ,", ",")
 
 
 def caption(scene, seed, leave_out=0.13, noun=None):
     """A caption and the attributes that it states, as (text, frozenset of LABELS' keys).
 
-    `noun` takes the place of the subject's whole phrase ("<x>"), for prompts with a learned token.
+    `noun` replaces the subject's whole phrase ("<x>"), for prompts with a learned token.
     """
     rng = generator(seed, "caption")
     named = choose_named(scene, rng, leave_out)
@@ -791,9 +792,9 @@ def caption(scene, seed, leave_out=0.13, noun=None):
 
 
 def arrange(words, prop, place, other, relation, rng):
-    """The phrases in one of several orders. Returns them and what goes before the style, if anything.
+    """The phrases in one of several orders. Returns them and the text before the style, if any.
 
-    The first part has its article, which `dress` may exchange.
+    The first part has its article, which `dress` may replace.
     """
     swap = rng.random()
     a = article(words)
@@ -816,7 +817,7 @@ def arrange(words, prop, place, other, relation, rng):
 
 
 def dress(scene, core, leading, show, rng):
-    """The style before or behind the phrases."""
+    """Put the style before or after the phrases."""
     lead = f"{leading}," if leading else ""
     if not show:
         return join([lead, *core])
@@ -862,7 +863,7 @@ def vocabulary():
 class Concept:
     name: str
     initializer: str  # the word that a learned token starts from
-    description: str  # what words can say about it
+    description: str  # the concept in words
     subject: Subject | None = None  # a subject's look, or
     style: str | None = None  # a style's pair of style and tone
     tone: str | None = None
@@ -888,7 +889,7 @@ def _concept_looks():
 
 
 def describe(subject):
-    """A subject in words, without article, everything but its size said."""
+    """A subject in words: everything except its size, without an article."""
     named = ALL - {"size"} - (set() if subject.eyes else {"eyes"})
     return subject_words(subject, named, generator(0, "describe"))[0]
 
@@ -903,7 +904,7 @@ CONCEPTS["old_game"] = Concept("old_game", "pixel", "pixel art in sepia tones", 
 
 
 def compose_concept(seed):
-    """A further held-out subject as a concept, named after its seed."""
+    """Another held-out subject as a concept, named after its seed."""
     rng = generator(seed, "compose")
     while True:
         colour, colour2 = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
@@ -913,7 +914,7 @@ def compose_concept(seed):
 
 
 def concept_scene(concept, seed):
-    """A scene with the concept: a subject by itself in some place, or the style on some subject."""
+    """A scene with the concept: the subject alone in a place, or the style on a subject."""
     rng = generator(seed, "concept", concept.name)
     if concept.subject is None:
         return replace(sample_scene(seed + 900_000_000), style=concept.style, tone=concept.tone)
@@ -922,12 +923,12 @@ def concept_scene(concept, seed):
 
 
 def home(concept, seed=0):
-    """The place where a study takes all of a concept's pictures: drawn from a seed, before any method has run."""
+    """The place of all pictures of a concept in a study, drawn from a seed before any method runs."""
     return pick(generator(seed, "home", concept.name), PLACES)
 
 
 def instance_scenes(concept, count=5, place=None):
-    """The scenes of the concept's pictures and the seed of each: all in one place, or each in a place of its own."""
+    """The scenes and seeds of the concept's pictures, all in one place or each in another place."""
     scenes, places, seed = [], set(), 0
     while len(scenes) < count:
         scene = concept_scene(concept, seed)
@@ -941,7 +942,7 @@ def instance_scenes(concept, count=5, place=None):
 
 
 def instance_pictures(concept, count=5, place=None):
-    """The concept's pictures, as `instance_scenes` has them."""
+    """The concept's pictures of `instance_scenes`."""
     return [render(scene, seed) for scene, seed in instance_scenes(concept, count, place)]
 
 
@@ -950,7 +951,7 @@ def instance_pictures(concept, count=5, place=None):
 
 
 def sheet(pictures, texts, columns=8, zoom=2):
-    """Pictures with their texts beneath, as one image."""
+    """One image of pictures with their texts below."""
     side, room = SIZE * zoom, 44 if texts else 4
     rows = math.ceil(len(pictures) / columns)
     image = Image.new("RGB", (columns * (side + 4), rows * (side + room)), "white")
@@ -975,13 +976,15 @@ def _wrapped(text, width):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concept", choices=[*CONCEPTS, "all"], help="write this concept's instance pictures")
-    parser.add_argument("--compose", type=int, metavar="SEED", help="write a further concept, composed from this seed")
-    parser.add_argument("--count", type=int, default=5, help="instance pictures of a concept")
-    parser.add_argument("--place", choices=PLACES, help="take all of them there instead of each in another place")
+    parser.add_argument("--compose", type=int, metavar="SEED", help="write another concept, composed from this seed")
+    parser.add_argument("--count", type=int, default=5, help="number of instance pictures")
+    parser.add_argument(
+        "--place", choices=PLACES, help="show all of them in this place, instead of each in another place"
+    )
     parser.add_argument("--output_dir", type=Path, help="folder for the instance pictures")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of captioned scenes")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the sheet")
-    parser.add_argument("--scenes", type=int, default=32, help="scenes on the sheet")
+    parser.add_argument("--scenes", type=int, default=32, help="number of scenes on the sheet")
     args = parser.parse_args(argv)
     wanted = args.concept or args.compose is not None
     if not wanted and not args.grid:
