@@ -23,11 +23,11 @@
     accelerate launch examples/train_dti_sd.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
       --instance_data_dir photos/dog --placeholder_token "<my-dog>" --initializer_token dog --output_dir out/my-dog
 
-This is train_dti_sdxl.py with another model: one text encoder, no size conditioning, no pooled embedding. Fine-tuned models
-and those with v-prediction work too. Options, checks, files and the rest are documented and defined there.
+This is train_dti_sdxl.py with another model: one text encoder, no size conditioning, no pooled embedding. Fine-tuned models and
+models with v-prediction work too. train_dti_sdxl.py defines and documents options, checks and files.
 
 Written to --output_dir: `learned_embeds.safetensors` for `pipe.load_textual_inversion`, `<placeholder>.safetensors` for
-ComfyUI, AUTOMATIC1111 and the like, and what else train_dti_sdxl.py writes.
+ComfyUI, AUTOMATIC1111 and similar tools, and the other files of train_dti_sdxl.py.
 """
 
 import argparse
@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_dti_sdxl import (  # noqa: E402
     LORA_FILE,
     StableDiffusionXL,
-    UserError,  # noqa: F401  train_many.py takes this and the next one from here
+    UserError,  # noqa: F401  train_many.py uses this name and the next one
     interruption,  # noqa: F401
     model_name,
     number,
@@ -66,7 +66,7 @@ class StableDiffusion(StableDiffusionXL):
     text_encoder_names = ("text_encoder",)
     text_encoder_classes = (CLIPTextModel,)
     embedding_files = ("learned_embeds",)
-    web_keys = ("emb_params",)  # AUTOMATIC1111 and ComfyUI take the only key, InvokeAI and kohya look for this one
+    web_keys = ("emb_params",)  # AUTOMATIC1111 and ComfyUI accept any single key, InvokeAI and kohya need this one
     web_note = ""  # there is no pooled embedding
     web_use = StableDiffusionXL.web_use.replace("ComfyUI, Fooocus", "ComfyUI")  # Fooocus is for SDXL
     web_lora_use = StableDiffusionXL.web_lora_use.replace("ComfyUI, Fooocus", "ComfyUI")
@@ -86,7 +86,7 @@ class StableDiffusion(StableDiffusionXL):
 
     @property
     def architecture(self) -> str:
-        """modelspec's name. Stable Diffusion 2 has a wider text encoder, and the variant for 768 pixels v-prediction."""
+        """modelspec's name. Stable Diffusion 2 has a wider text encoder; its variant for 768 pixels has v-prediction."""
         if self.text_encoders[0].config.hidden_size < 1024:
             return "stable-diffusion-v1"
         velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
@@ -94,13 +94,13 @@ class StableDiffusion(StableDiffusionXL):
 
     @property
     def kohya_metadata(self) -> dict[str, str]:
-        """What AUTOMATIC1111 and kohya's tools know the base model by."""
+        """The metadata by which AUTOMATIC1111 and kohya's tools recognise the base model."""
         second = self.text_encoders[0].config.hidden_size >= 1024
         version = {"ss_base_model_version": "sd_v2" if second else "sd_v1", "ss_v2": str(second)}
         return {"ss_network_module": "networks.lora", **version}
 
     def choose_pooling(self) -> None:
-        """Nothing to choose: Stable Diffusion has no pooled embedding."""
+        """Does nothing: Stable Diffusion has no pooled embedding."""
 
     def end_token_pooling(self):
         return contextlib.nullcontext()
