@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Measure what a learned word's norm does to it inside the text encoders, and write a report.
+"""Measure how the norm of a learned word affects it inside the text encoders, and write a report.
 
     python examples/analyze.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
       --embeddings out/my-dog out/my-dog-ti --words dog car --output_dir out/analysis
 
-`--embeddings` takes finished embeddings: folders or files in any format that examples/export.py reads. The model is SDXL,
+`--embeddings` takes trained embeddings: folders or files in any format that examples/export.py reads. The model is SDXL,
 SANA, or Stable Diffusion 1 or 2; only its text encoders and tokenizers are loaded. With nothing to download:
 
     python examples/make_small_sdxl.py --output_dir small
@@ -97,7 +97,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--initializer_token", default=None, help="The class word that training started from. Default: read from the embedding's file or training_options.json.")
     add("--words", nargs="+", default=[], metavar="WORD", help="Words of the vocabulary to analyse too.")
     add("--prompts", type=Path, default=None, help="File with one prompt per line, with {} for the word. Replaces the built-in prompts.")
-    add("--output_dir", type=Path, required=True, help="Where the report is written.")
+    add("--output_dir", type=Path, required=True, help="Output folder.")
     add("--device", default=None, help="Device of the text encoders. Default: the GPU if there is one.")
     add("--seed", type=int, default=0, help="Seed of the position classifier's prompts.")
     return parser
@@ -125,7 +125,7 @@ def read_prompts(path: Path | None) -> list[str]:
     lines = read_lines(path)
     for line in lines:
         if "{}" not in line:
-            raise UserError(f"--prompts {path}: the line {line!r} has no {{}}: write it where the word stands.")
+            raise UserError(f"--prompts {path}: the line {line!r} has no {{}}: write it in place of the word.")
     return lines
 
 
@@ -185,9 +185,9 @@ class TextEncoder:
     """A frozen text encoder in float32 and the parts of it that are measured.
 
     Attributes:
-        vocabulary: E (V, d), as shipped.
+        vocabulary: the original E (V, d).
         layers: the pre-norm blocks, in order.
-        norm: the first block's LayerNorm, or None where positions are not added (Gemma).
+        norm: the first block's LayerNorm, or None if no positions are added (Gemma).
         positions: learned position embeddings (P, d), or None.
         scale: the factor applied to an embedding before the first block: sqrt(d) in Gemma, else 1.
     """
@@ -634,7 +634,7 @@ def draw_prompts(tokenizer, prompts: list[str], words: np.ndarray, count: int, l
 
 @torch.enable_grad()
 def train_position_classifier(encoder: TextEncoder, prompts: list[str], words: np.ndarray, rng):
-    """Fit softmax(W Norm(e + p) + b) to tell the position of a token. Returns a function from (N, d) to positions (N,).
+    """Fit softmax(W Norm(e + p) + b) to predict the position of a token. Returns a function from (N, d) to positions (N,).
 
     The authors' notebook has a hidden layer and tests only the first position. This classifier is linear and is tested at
     every position, so its accuracies differ from theirs.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the speed and memory of the training scripts on this machine, with nothing to download.
+"""Measure the speed and memory of the training scripts on this machine, without downloads.
 
     python examples/benchmark.py --work_dir benchmark
     python examples/benchmark.py --work_dir benchmark --model sana-1.6b --resolution 512 1024 --train_batch_size 1 4 \
@@ -26,7 +26,7 @@ If a row does not fit into memory, the table says so and the next rows run. If a
 is 1. "-" means not measured. Device memory has two peaks: of the set-up and of the timed steps. Written to --work_dir:
 `benchmark.md` and `benchmark.json`; `runs/` has the runs' files, with their output in `log.txt`.
 
-Sections: 1 options, 2 model and photographs, 3 what is measured inside a run, 4 FLOPs and the matrix rate, 5 one row,
+Sections: 1 options, 2 model and photographs, 3 measurements inside a run, 4 FLOPs and the matrix rate, 5 one row,
 6 whole runs as processes, 7 tables, 8 main.
 """
 
@@ -404,7 +404,7 @@ def random_weights(script, device: torch.device | None = None) -> Iterator[None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. What is measured inside a run
+# 3. Measurements inside a run
 # ----------------------------------------------------------------------------------------------------------------------
 
 PARTS = ("data", "tokenizing", "text encoders forward", "latents and loss", "denoiser forward", "denoiser backward")

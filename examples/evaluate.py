@@ -181,7 +181,7 @@ class Prompt:
         return self.text.replace("{}", word)
 
 
-# DreamBooth's 25 for each kind of subject, without the class word beside the token.
+# DreamBooth's 25 prompts for each kind of subject, without the class word after the token.
 BOTH = """
 a {} in the jungle | a {} in the snow | a {} on the beach | a {} on a cobblestone street | a {} on top of pink fabric
 a {} on top of a wooden floor | a {} with a city in the background | a {} with a mountain in the background
@@ -359,7 +359,9 @@ def read_table(path: Path, prompts: str) -> list[Case]:
         if missing := [name for name in needed if name not in row]:
             raise UserError(f"{option}: row {number} has no {', '.join(missing)}.")
         if unknown := sorted(set(row) - {*needed, "prompts", "masks"}):
-            raise UserError(f"{option}: {unknown[0]} is no column: there are {', '.join(needed)}, prompts and masks.")
+            raise UserError(
+                f"{option}: {unknown[0]} is not a column: the columns are {', '.join(needed)}, prompts and masks."
+            )
     return [
         Case(
             row["subject"],
@@ -458,7 +460,9 @@ def read_references(folder: Path, masks: Path | None = None) -> tuple[list[Image
     found = [by_name.get(same_name(path.stem)) for path in files]
     without = [path.name for path, mask in zip(files, found, strict=True) if mask is None]
     if len(without) == len(files):
-        raise UserError(f"--masks {masks} has no mask named as a picture of {folder}, such as {files[0].stem}.png.")
+        raise UserError(
+            f"--masks {masks} has no mask with the name of a picture in {folder}, such as {files[0].stem}.png."
+        )
     if without:
         print(f"Note: no mask, so the whole picture is scored: {', '.join(without)}", file=sys.stderr)
     scored = list(pictures)
@@ -654,7 +658,7 @@ def load_classifiers(folder: Path, device: str):
     """Load the miniature's classifiers. Their `read` returns the labels of PIL pictures. Raises UserError."""
     try:
         return miniature("judges").load_classifiers(folder).to(device)
-    except Exception as error:  # damaged, or of another world
+    except Exception as error:  # the files are damaged, or from another world
         raise UserError(f"--classifiers {folder} cannot be loaded: {one_line(error)}") from None
 
 

@@ -363,7 +363,7 @@ def test_stable_diffusion_has_one_encoder_with_positions(small, tmp_path, monkey
         ({"words": "茶壺"}, "--words '茶壺' is not in the vocabulary: give an English word."),
         ({"initializer_token": "茶壺"}, "--initializer_token '茶壺' is not in the vocabulary: give an English word."),
         ({"prompts": "{tmp}/none"}, "--prompts {tmp}/none cannot be read: "),
-        ({"prompts": "{tmp}/text.safetensors"}, "the line 'nothing' has no {{}}: write it where the word stands."),
+        ({"prompts": "{tmp}/text.safetensors"}, "the line 'nothing' has no {{}}: write it in place of the word."),
         ({"output_dir": "{tmp}/text.safetensors"}, "cannot be written to: File exists. Choose another folder."),
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used: "),
         ({"device": "toaster"}, "--device toaster cannot be used: "),

@@ -465,7 +465,7 @@ TABLES = {
     "no class word": ("subject,method,path,instance_data_dir\ndog,DTI,a,b\n", "row 1 has no class_word"),
     "an unknown column": (
         "subject,method,path,instance_data_dir,class_word,prompt\ndog,DTI,a,b,dog,x\n",
-        "prompt is no column",
+        "prompt is not a column",
     ),
     "a run twice": ("{head}\ndog,DTI,{run},{photos},dog\ndog,DTI,{run},{photos},dog\n", "is given twice"),
     "two class words": (

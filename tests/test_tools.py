@@ -416,7 +416,7 @@ def test_export_says_what_it_did_with_the_lora_weights(call, both, tmp_path):
     kept = [load_file(tmp_path / folder / "my-dog-lora.safetensors") for folder in "abc"]
     assert all(x.keys() == kept[0].keys() and all(torch.equal(x[k], kept[0][k]) for k in x) for x in kept)
     _, err, status = call(both / export.LORA_FILE, "--output_dir", tmp_path / "d", "--format", "bin")
-    assert status == 1 and "There is nothing to write: bin holds an embedding alone" in err
+    assert status == 1 and "There is nothing to write: the bin format has no LoRA weights" in err
 
 
 def test_a_bundle_is_what_automatic1111_and_sdnext_take_apart(call, both, tmp_path):
