@@ -687,7 +687,8 @@ def fetch_weights(model) -> Path:
     args, name = model.args, model.args.pretrained_model_name_or_path
     if os.path.isdir(name):
         return Path(name)
-    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args)))
+    unused = {part: None for part, value in getattr(model, "pipeline_options", {}).items() if value is None}
+    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args), **unused))
 
 
 # Copied from train_dti_sdxl.part_variants
@@ -740,10 +741,16 @@ def check_variant(model, option: str) -> None:
 
 
 # Copied from train_dti_sdxl.printed_options
-def printed_options(args: argparse.Namespace) -> str:
-    """What a printed from_pretrained is given besides the model, so that it loads the one that was trained with."""
+def printed_options(args: argparse.Namespace, repository: str | None) -> str:
+    """What printed lines give the loader besides the model, so that it loads the one that was trained with.
+
+    Those in a `repository` on the Hub tell of a local folder only its name.
+    """
     if os.path.isfile(args.pretrained_model_name_or_path):
-        return f", config={json.dumps(args.single_file_config)}" if args.single_file_config else ""
+        config = args.single_file_config
+        if repository and config and os.path.exists(config):
+            config = Path(config).resolve().name
+        return f", config={json.dumps(config)}" if config else ""
     names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
     given = {name: getattr(args, name) for name in names}
     return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
@@ -2347,7 +2354,7 @@ dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diff
 pipe = DiffusionPipeline.from_pretrained(
     {model},
     custom_pipeline={json.dumps(repository or str(self.pipeline_file))},  # SanaPipeline and load_textual_inversion
-    trust_remote_code=True,{printed_options(args)}
+    trust_remote_code=True,{printed_options(args, repository)}
     **dtype,
 ).to("{device.type}")
 pipe.load_textual_inversion({folder}){lora}

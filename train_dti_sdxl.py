@@ -647,7 +647,8 @@ def fetch_weights(model) -> Path:
     args, name = model.args, model.args.pretrained_model_name_or_path
     if os.path.isdir(name):
         return Path(name)
-    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args)))
+    unused = {part: None for part, value in getattr(model, "pipeline_options", {}).items() if value is None}
+    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args), **unused))
 
 
 def part_variants(names: list[str], part: str) -> set[str | None]:
@@ -695,10 +696,16 @@ def check_variant(model, option: str) -> None:
             )
 
 
-def printed_options(args: argparse.Namespace) -> str:
-    """What a printed from_pretrained is given besides the model, so that it loads the one that was trained with."""
+def printed_options(args: argparse.Namespace, repository: str | None) -> str:
+    """What printed lines give the loader besides the model, so that it loads the one that was trained with.
+
+    Those in a `repository` on the Hub tell of a local folder only its name.
+    """
     if os.path.isfile(args.pretrained_model_name_or_path):
-        return f", config={json.dumps(args.single_file_config)}" if args.single_file_config else ""
+        config = args.single_file_config
+        if repository and config and os.path.exists(config):
+            config = Path(config).resolve().name
+        return f", config={json.dumps(config)}" if config else ""
     names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
     given = {name: getattr(args, name) for name in names}
     return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
@@ -2369,7 +2376,7 @@ import torch
 from diffusers import {"EulerDiscreteScheduler, " if self.schedule_options() else ""}StableDiffusionXLPipeline, __version__
 
 dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
-pipe = StableDiffusionXLPipeline.{loader}({model}{printed_options(args)}, **dtype).to("{device.type}"){self.scheduler_lines()}
+pipe = StableDiffusionXLPipeline.{loader}({model}{printed_options(args, repository)}, **dtype).to("{device.type}"){self.scheduler_lines()}
 pipe.load_textual_inversion({folder})
 pipe.load_textual_inversion(
     {folder}, weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2

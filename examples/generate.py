@@ -236,7 +236,8 @@ def load_pipeline(
                 for name in ("unet", *ENCODERS[family]):
                     training.to_int8(getattr(pipe, name), dtype)
         else:
-            folder = weights_folder(model, revision, variant)
+            unused = {"safety_checker": None, "feature_extractor": None} if family == "sd" else {}
+            folder = weights_folder(model, revision, variant, **unused)
             parts = {}
             in_int8 = (DENOISERS[family],) if base_precision == "int8" else ()
             for name in (*in_int8, *ENCODERS[family]):
@@ -246,7 +247,7 @@ def load_pipeline(
             if family == "sdxl":
                 pipe = StableDiffusionXLPipeline.from_pretrained(folder, **parts, **options, add_watermarker=False)
             elif family == "sd":
-                options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+                options |= {**unused, "requires_safety_checker": False}
                 pipe = StableDiffusionPipeline.from_pretrained(folder, **parts, **options)
             else:
                 pipe = SanaTextualInversionPipeline.from_pretrained(folder, **parts, **options)

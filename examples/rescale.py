@@ -68,11 +68,11 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     )
 
 
-def weights_folder(model: str, revision: str | None = None, variant: str | None = None) -> Path:
+def weights_folder(model: str, revision: str | None = None, variant: str | None = None, **unused) -> Path:
     """The folder with the weights too, chosen as a stock pipeline chooses. Raises OSError or ValueError."""
     if Path(model).is_dir():
         return Path(model)
-    return Path(DiffusionPipeline.download(model, revision=revision, variant=variant))
+    return Path(DiffusionPipeline.download(model, revision=revision, variant=variant, **unused))
 
 
 def part_variant(folder: Path, part: str, variant: str | None) -> str | None:

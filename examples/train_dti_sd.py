@@ -125,7 +125,7 @@ import torch
 from diffusers import {"EulerDiscreteScheduler, " if self.schedule_options() else ""}StableDiffusionPipeline, __version__
 
 dtype = {{"dtype" if __version__ >= "0.40" else "torch_dtype": {dtype}}}  # diffusers 0.40 renamed it
-pipe = StableDiffusionPipeline.from_pretrained({model}{printed_options(args)}, **dtype).to("{device.type}"){self.scheduler_lines()}
+pipe = StableDiffusionPipeline.from_pretrained({model}{printed_options(args, repository)}, **dtype).to("{device.type}"){self.scheduler_lines()}
 pipe.load_textual_inversion({folder}){lora}
 pipe({prompt}).images[0].save("picture.png")
 """

@@ -454,6 +454,8 @@ ELSEWHERE = [
     "--mixed_precision ",
     ": there is no trained model here to be divided: ",
     ": give both the same value, or unset the first.",
+    ". It is an EDM, flow-matching or other model, and this script trains those with a schedule of betas.",
+    " is a file: give the folder of a whole pipeline in diffusers' format.",
     ": give --mixed_precision no, fp16 or bf16.",
     ": to compile, add --compile; otherwise set it to no.",
     " for several processes on CPUs set ACCELERATE_USE_CPU=true, otherwise start one.",

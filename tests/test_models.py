@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import generate
@@ -16,6 +18,7 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionXLPipeline,
 )
+from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_file import write_single_file
@@ -254,6 +257,8 @@ def test_a_single_file_trains_as_its_folder_does(marks, small, train, tmp_path, 
     assert (
         "base_model: stabilityai/stable-diffusion-xl-base-1.0" in card and "`dog mix.safetensors`, a file of [" in card
     )
+    shared = model.loading_snippet(torch.device("cpu"), torch.float32, "me/word")
+    assert 'from_single_file("dog mix.safetensors", config="sdxl"' in shared
     if not marks:
         folder = train(max_train_steps=1, output_dir=tmp_path / "folder")
         name = "learned_embeds.safetensors"
@@ -316,3 +321,31 @@ def test_the_examples_refuse_other_noise(changed):
         generate.load_pipeline(str(folder))
     with pytest.raises(generate.UserError, match="--single_file_config x is for a single .safetensors file"):
         generate.load_pipeline(str(folder), single_file_config="x")
+
+
+@pytest.mark.slow
+def test_a_variant_on_the_hub_is_downloaded_part_by_part(changed, options, tmp_path):
+    """Only what the stock pipeline would load is downloaded, and after the checks."""
+    folder = make_variant(make_variant(changed(), ["unet"], keep=True), ["text_encoder_2"])
+    with HubServer() as hub:
+        hub.add_repository("someone/mix", folder)
+        environment = hub.environment(None, tmp_path / "home")
+
+        def run(**changes) -> subprocess.CompletedProcess:
+            argv = options(pretrained_model_name_or_path="someone/mix", max_train_steps=1, **changes)
+            return subprocess.run(
+                [sys.executable, script.__file__, *argv], capture_output=True, text=True, env=environment
+            )
+
+        def downloaded() -> set[str]:
+            files = (tmp_path / "home").rglob("snapshots/*/*/*.safetensors")
+            return {f"{path.parent.name}/{path.name}" for path in files}
+
+        refused = run()
+        assert refused.returncode == 1 and "text_encoder_2 only as fp16: give --variant fp16" in refused.stderr
+        assert not downloaded()
+        result = run(variant="fp16")
+        assert result.returncode == 0, result.stderr
+        assert 'from_pretrained("someone/mix", variant="fp16", ' in result.stdout
+        weights = {"unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"}
+        assert downloaded() == weights | {"text_encoder/model.safetensors", "text_encoder_2/model.fp16.safetensors"}
