@@ -456,9 +456,11 @@ ELSEWHERE = [
     ": give both the same value, or unset the first.",
     ". It is an EDM, flow-matching or other model, and this script trains those with a schedule of betas.",
     " is a file: give the folder of a whole pipeline in diffusers' format.",
+    " is a latent consistency model (its UNet has time_cond_proj_dim): train with the model that it was distilled from, and"
+    " load the embedding into both.",
     ": give --mixed_precision no, fp16 or bf16.",
     ": to compile, add --compile; otherwise set it to no.",
-    " for several processes on CPUs set ACCELERATE_USE_CPU=true, otherwise start one.",
+    ": for several processes on CPUs set ACCELERATE_USE_CPU=true, otherwise start one.",
     "--resume_from_checkpoint: the checkpoint began elsewhere, with another model or initializer.",
     ". What was saved before is as it was; make room and go on with --resume_from_checkpoint latest.",
     ". Earlier checkpoints are as they were.",
