@@ -422,8 +422,12 @@ def test_lora_weights_beside_the_embedding_are_loaded(call, small, tmp_path, fam
     options = ["--pretrained_model_name_or_path", small / family, "--prompt", PROMPT, *FAST]
     assert call(generate, tmp_path / "dog", *options, "--output_dir", tmp_path / "lora")[2] == 0
     assert call(generate, tmp_path / "dog", *options, "--output_dir", tmp_path / "plain", "--no_lora")[2] == 0
-    with_lora, plain = (pixels(pictures(tmp_path / x)[0]) for x in ("lora", "plain"))
-    assert not torch.equal(with_lora, plain)
+    in_int8 = [*options, "--output_dir", tmp_path / "int8", "--base_precision", "int8"]
+    assert call(generate, tmp_path / "dog", *in_int8)[2] == 0
+    with_lora, plain, coarse = (pixels(pictures(tmp_path / x)[0]).float() for x in ("lora", "plain", "int8"))
+    assert 0 < (coarse - with_lora).norm() < 0.3 * (with_lora - plain).norm()  # on the int8 layers too
+    in_float = [*options, "--output_dir", tmp_path / "int8"]  # the pictures tell how they were drawn
+    assert call(generate, tmp_path / "dog", *in_float)[2] != 0
     other = "sdxl" if family == "sana" else "sana"
     with pytest.raises(export.UserError, match="for another model; ignore it by --no_lora"):
         generate.find_loras([tmp_path / "dog"], other)
