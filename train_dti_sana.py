@@ -2168,7 +2168,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
 
     def check_single_file(self, option: str) -> None:
         """Refuse a single file. Raises UserError."""
-        raise UserError(f"{option} is a file: give the folder of a whole pipeline in diffusers' format.")
+        raise UserError(f"{option} is a file: give the folder of a pipeline in diffusers' format.")
 
     def check_parts(self, option: str, scheduler: dict) -> None:
         """Refuse a model with another kind of noise or of transformer, from its configurations alone. Raises UserError."""

@@ -2130,10 +2130,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
         odd += ["timestep_type continuous"] * (scheduler.get("timestep_type") == "continuous")
         if name not in self.samplers or odd:
             what = f"{name} with {odd[0]}" if odd else name
-            raise UserError(
-                f"{option} is sampled by {what}. It is an EDM, flow-matching or other model, and this script trains those"
-                " with a schedule of betas."
-            )
+            raise UserError(f"{option} is sampled by {what}: this script trains models with a schedule of betas.")
         options = {**scheduler, **self.schedule_options()}
         if options.get("rescale_betas_zero_snr") and options.get("prediction_type") != "v_prediction":
             asked = (
@@ -2145,11 +2142,9 @@ The LoRA weights for these tools are [`{file}`]({url}).
             )
         with missing_parts_as_user_errors(self.args):
             unet = self.denoiser_class.load_config(model_folder(self), subfolder=self.denoiser_name)
-        if unet.get("time_cond_proj_dim"):
-            raise UserError(
-                f"{option} is a latent consistency model (its UNet has time_cond_proj_dim): train with the model that it was"
-                " distilled from, and load the embedding into both."
-            )
+        distilled = "time_cond_proj_dim"
+        if unet.get(distilled):  # a latent consistency model, which is told its guidance scale
+            raise UserError(f"{option} has a UNet with {distilled}: train with the model that it was distilled from.")
 
     def schedule_options(self) -> dict:
         """What the options, or the marks of a single file, say of the noise schedule, in the schedulers' own words."""

@@ -304,7 +304,7 @@ CASES = [
     ({"pretrained_model_name_or_path": "@playground"}, "is sampled by EDMDPMSolverMultistepScheduler"),
     ({"pretrained_model_name_or_path": "@cosxl"}, "EulerDiscreteScheduler with timestep_type continuous"),
     ({"pretrained_model_name_or_path": "@flow"}, "UniPCMultistepScheduler with use_flow_sigmas True"),
-    ({"pretrained_model_name_or_path": "@lcm"}, "is a latent consistency model"),
+    ({"pretrained_model_name_or_path": "@lcm"}, "has a UNet with time_cond_proj_dim: train with"),
     ({"pretrained_model_name_or_path": "@rescaled"}, "rescaled rescales its betas and needs a model that predicts"),
     ({"pretrained_model_name_or_path": "@only_fp16"}, "has the weights of unet only as fp16: give --variant fp16"),
     ({"variant": "fp16"}, "--variant fp16: .*sdxl has no such weights. It has no variants: leave it out"),
@@ -428,6 +428,7 @@ SANA_CASES = [
     ({"initializer_token": "茶壺"}, "--initializer_token '茶壺' is not in the vocabulary"),
     ({"placeholder_token": "<My-Pot>"}, "'<My-Pot>' is not found again .*: write '<my-pot>', in lower case"),
     ({"init_embedding": "@wide"}, "has the keys clip_g, clip_l: it needs gemma, or exactly one"),
+    ({"pretrained_model_name_or_path": "@file"}, "is a file: give the folder of a pipeline in diffusers' format"),
     (
         {"pretrained_model_name_or_path": "@no_flow"},
         "is sampled by DPMSolverMultistepScheduler without use_flow_sigmas",
