@@ -25,7 +25,7 @@
       --mixed_precision bf16
 
 Textual Inversion lets a new token's embedding grow far beyond the norm of the model's own words, and the prompt around it
-fades. DTI (https://arxiv.org/abs/2512.13672) fixes the norm to the vocabulary's mean and learns only the direction, by
+fades. DTI (https://arxiv.org/abs/2512.13672) fixes the norm and learns only the direction, by
 Riemannian SGD on the unit sphere with a von Mises-Fisher prior towards the class word. The model itself is untouched.
 
 Written to --output_dir: `learned_embeds.safetensors`, which examples/pipeline_sana_textual_inversion.py loads, for
@@ -132,7 +132,7 @@ class UserError(Exception):
     """A mistake in what the user gave. It is shown as one line, with no traceback."""
 
     def __str__(self) -> str:
-        # File names may hold line breaks, terminal controls and bytes that are no text: they are shown escaped.
+        # File names can contain line breaks, terminal controls and bytes that are not text: these are shown escaped.
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
@@ -271,9 +271,9 @@ IDLE = {
 # Copied from train_dti_sdxl.add_method_options
 def add_method_options(parser: argparse.ArgumentParser, presets: dict) -> None:
     add = parser.add_argument_group("method").add_argument
-    add("--preset", choices=presets, default=None, help="Steps, learning rate, schedule and magnitude together; each gives way to an option of its own. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
+    add("--preset", choices=presets, default=None, help="Steps, learning rate, schedule and magnitude together; an option given by itself wins. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
     add("--learning_rate", type=number(float, 0, above=True), default=None, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians. Default: the preset's.")
-    add("--scale_lr", **SWITCH, help="Multiply --learning_rate by batch size, accumulation steps and processes, as the authors' launchers do. What is printed and saved is the product.")
+    add("--scale_lr", **SWITCH, help="Multiply --learning_rate by batch size, accumulation steps and processes, as the authors' launchers do. The product is what is printed and saved.")
     add("--kappa", type=number(float, 0), default=None, help="Concentration of the von Mises-Fisher prior towards the initializer; paper: 1e-4 (default), 5e-5 to 2e-4 works. No prior with --magnitude free.")
     add("--magnitude", type=magnitude_rule, default=None, metavar="{mean,2mean,min,free,NUMBER}", help="m*, the norm of the learned embedding: the mean of the vocabulary's, a multiple of it, its minimum, a number, or free (plain Textual Inversion). Paper: mean. Default: the preset's.")
     add("--optimizer", choices=["rsgd", "adamw"], default="rsgd", help="Riemannian SGD on the sphere, or AdamW (followed by a projection back to the sphere unless --magnitude free).")
@@ -300,9 +300,9 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=number(int, 0), default=0, help="Rank of the adapters on the denoiser; 0: none, the model stays as it is; the paper's Figure 8: 32.")
     add("--lora_alpha", type=number(float, 0, above=True), default=None, help="What the adapters add is multiplied by alpha / rank. Default: the rank.")
     add("--lora_dropout", type=number(float, 0), default=0.0, help="Probability of dropout in front of the adapters.")
-    add("--lora_target_modules", type=module_names, default=["to_q", "to_k", "to_v", "to_out.0"], metavar="NAME,NAME", help="Layers that get an adapter: those whose names end so.")
+    add("--lora_target_modules", type=module_names, default=["to_q", "to_k", "to_v", "to_out.0"], metavar="NAME,NAME", help="Layers that get an adapter: those whose names end in one of these.")
     add("--lora_learning_rate", type=number(float, 0, above=True), default=1e-4, help="AdamW's learning rate of the adapters; it follows --lr_scheduler too.")
-    add("--lora_start_step", type=number(int, 0), default=0, help="Steps in which the new word alone is trained, before the adapters join in.")
+    add("--lora_start_step", type=number(int, 0), default=0, help="Steps in which only the new word is trained, before the adapters start.")
 
 
 # Copied from train_dti_sdxl.add_data_options
@@ -319,7 +319,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt_templates", type=Path, default=None, help="File of prompt templates, one a line, with {} for the new word, instead of the built-in ones.")
     add("--mask_dir", type=Path, default=None, help="Folder with a mask for each photograph, of the same name, the subject white: the loss counts the subject.")
     add("--alpha_mask", **SWITCH, help="Take the photographs' own alpha channels for masks.")
-    add("--mask_background", type=number(float, 0), default=None, help="Weight in the loss of what is not the subject, whose own is 1. Default: 0.1 with masks.")
+    add("--mask_background", type=number(float, 0), default=None, help="The background's weight in the loss; the subject's is 1. Default: 0.1 with masks.")
     add("--resolution", type=number(int, 8), default=1024, help="Side in pixels of the square training images: the shorter side is resized to it and the rest cropped.")
     add("--center_crop", **SWITCH, help="Crop the centre instead of a random part.")
     add("--random_flip", **SWITCH, help="Mirror half of the views. Not for subjects whose two sides differ.")
@@ -336,7 +336,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--revision", default=None, help="Revision of the model on the Hub.")
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--hub_token", default=None, help="Token for gated or private models and data sets and for --push_to_hub. Better: log in once with `hf auth login`.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). SANA overflows in fp16. The VAE encodes and the embedding is trained in float32 always.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). SANA overflows in fp16. The VAE always encodes, and the embedding is always trained, in float32.")
     add("--base_precision", choices=["auto", "int8"], default="auto", help="int8: hold the weights of the denoiser and the text encoders in 8 bits, with a scale for each output channel, and compute in --mixed_precision. The vocabularies stay on the CPU. auto: all in --mixed_precision.")
     add("--allow_tf32", **SWITCH, help="Allow TF32 matrix products on Ampere and newer GPUs.")
     add("--gradient_checkpointing", **SWITCH, help="Recompute activations of the denoiser and the text encoders in the backward pass: less memory, slower.")
@@ -361,8 +361,8 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", default=None, help="Go on from a checkpoint: `latest` of --output_dir, or a checkpoint's folder.")
     add("--validation_prompt", action="append", default=[], help="Prompt with {} or the new word, sampled during training. May be given several times.")
     add("--validation_steps", type=number(int, 1), default=100, help="Steps between validations, all with the same seeds; there is always one at the end.")
-    add("--validate_first", **SWITCH, help="Validate before the first step too: what the model makes of the initializer.")
-    add("--validation_negative_prompt", default=None, help="What validation images shall not show.")
+    add("--validate_first", **SWITCH, help="Also validate before the first step, to see what the model draws from the initializer.")
+    add("--validation_negative_prompt", default=None, help="What validation images should not show.")
     add("--num_validation_images", type=number(int, 1), default=4, help="Images of each validation prompt.")
     add("--logging_steps", type=number(int, 1), default=10, help="Steps between log entries. Only then are values read from the device.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, within --output_dir.")
@@ -374,7 +374,7 @@ def add_sharing_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sharing").add_argument
     add("--push_to_hub", **SWITCH, help="At the end upload the embedding, a model card and the last validation images to the Hub: kilobytes; no photographs and no model.")
     add("--hub_model_id", default=None, help="Repository to upload to, such as my-name/my-dog. Default: the name of --output_dir, in the account of the token.")
-    add("--hub_private_repo", **SWITCH, help="Make the repository a private one.")
+    add("--hub_private_repo", **SWITCH, help="Create a private repository.")
     add("--license", default=None, help="License that the model card states, by the Hub's identifier, such as cc-by-4.0. Default: none is stated.")
 
 
@@ -552,7 +552,7 @@ def parse_args(argv: list[str] | None, model_class: type) -> argparse.Namespace:
 
 # Copied from train_dti_sdxl.check_options
 def check_options(model) -> None:
-    """Refuse what can be seen to be wrong without reading anything but the options. Raises UserError."""
+    """Check what the options alone can show to be wrong. Raises UserError."""
     args, step = model.args, model.resolution_step
     for name, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
@@ -603,7 +603,7 @@ def check_options(model) -> None:
 
 # Copied from train_dti_sdxl.check_data_options
 def check_data_options(args: argparse.Namespace) -> None:
-    """Refuse options on photographs and prompts that contradict one another. Raises UserError."""
+    """Check that the options on photographs and prompts do not contradict one another. Raises UserError."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("Give either --instance_data_dir or --dataset_name.")
     given = [name for name in ("caption_column", "caption_extension", "prompt_templates") if getattr(args, name)]
@@ -644,7 +644,7 @@ def check_apart(output_dir: Path, photographs: Path) -> None:
 
 # Copied from train_dti_sdxl.check_output_dir
 def check_output_dir(folder: Path) -> None:
-    """Make the folder, and try that it can be written to: better now than after the training. Raises UserError."""
+    """Create the folder and check that it can be written to, before the training. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -842,7 +842,7 @@ def retract(v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
 
 # Copied from train_dti_sdxl.angle
 def angle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Angles (n,) in degrees between the rows of `a` and `b` (n, d), exact also where they are nearly parallel."""
+    """Angles (n,) in degrees between the rows of `a` and `b` (n, d), exact even for nearly parallel rows."""
     a, b = normalize(a), normalize(b)
     return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))
 
@@ -855,8 +855,8 @@ class RiemannianSGD(torch.optim.Optimizer):
     A row whose tangent gradient is zero or not finite stays as it is, and is counted in `state[v]["skipped"]`. The mean norm
     of the last data gradient's rows, before prior and projection, is in `state[v]["gradient_norm"]`.
 
-    One departure: a tangent gradient below the rounding of the gradient that it was projected from counts as zero, for
-    normalisation would blow that noise up to a full step.
+    One departure: a tangent gradient smaller than the rounding error of the gradient it was projected from counts as
+    zero, because normalisation would turn that noise into a full step.
 
     Args:
         params: groups of parameters, each with its `mu`.
@@ -1006,7 +1006,7 @@ def initializer_ids(tokenizer, initializer: str) -> list[int]:
 
 # Copied from train_dti_sdxl.add_placeholder
 def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int) -> int:
-    """Add the new word to the tokenizer and return its first token id. Raises UserError where the name will not do."""
+    """Add the new word to the tokenizer and return its first token id. Raises UserError for a name that does not work."""
     option = f"--placeholder_token {placeholder!r}"
     if not placeholder.strip():
         raise UserError(f'{option} is empty: give a new word, such as "<my-dog>".')
@@ -1057,7 +1057,7 @@ def vocabulary_magnitude(vocabulary: torch.Tensor, rule: str | float) -> float |
         return rule
     norms = torch.cat(
         [rows.float().norm(dim=-1) for rows in vocabulary.split(8192)]
-    )  # never a whole copy of the matrix
+    )  # in parts, to avoid a float32 copy of the matrix
     norms = norms[norms > 0].cpu().double()  # Apple GPUs have no float64
     return norms.min().item() if rule == "min" else float(rule.removesuffix("mean") or 1) * norms.mean().item()
 
@@ -1106,7 +1106,7 @@ def read_warm_start(model, path: Path, widths: list[int]) -> list[torch.Tensor]:
         raise UserError(f"{option} cannot be read as safetensors: {error}") from None
     rows = [torch.atleast_2d(row) for row in rows]
     if not all(row.is_floating_point() and row.ndim == 2 for row in rows):
-        raise UserError(f"{option} holds something else than rows of floating-point numbers.")
+        raise UserError(f"{option} does not hold rows of floating-point numbers.")
     rows = [row.float() for row in rows]
     found = [row.shape[-1] for row in rows]
     if found != widths:
@@ -1160,7 +1160,7 @@ class Adapters:
         self.denoiser, self.start_step = denoiser, args.lora_start_step
         rate = args.lora_learning_rate
         self.description = f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {rate:g}"
-        torch.manual_seed(seed)  # whatever loading the models has drawn
+        torch.manual_seed(seed)  # independent of what loading the models has drawn
         denoiser.add_adapter(lora_config(args))
         denoiser.train(args.lora_dropout > 0)
         cast_training_params(denoiser)
@@ -1170,7 +1170,7 @@ class Adapters:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=args.lora_learning_rate, **adamw)
 
     def open(self, steps_done: int) -> None:
-        """Have gradients computed from step --lora_start_step + 1 on."""
+        """Compute gradients from step --lora_start_step + 1 on."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(steps_done >= self.start_step)
 
@@ -1198,10 +1198,10 @@ class Adapters:
 
     @torch.no_grad()
     def resume(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up what `tensors` gave."""
+        """Load what `tensors` returned."""
         for name, p in self.parameters.items():
             p.copy_(tensors[f"lora.parameter.{name}"])
-            if f"lora.step.{name}" in tensors:  # otherwise the adapters have not joined in yet
+            if f"lora.step.{name}" in tensors:  # otherwise the adapters have not started yet
                 state = {key: tensors[f"lora.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
 
@@ -1252,14 +1252,14 @@ a composition in the style of my {} | an image in the style of a {} | a work in 
 
 # Copied from train_dti_sdxl.widen_pillow
 def widen_pillow() -> None:
-    """Have Pillow read the formats for which there is a package, and files beyond its guards against hostile ones."""
+    """Let Pillow read the formats for which a package is installed, and files larger than its safety limits."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
     with contextlib.suppress(ImportError):
         import pillow_jxl  # noqa: F401  it registers itself
-    Image.MAX_IMAGE_PIXELS = 2**28  # it refuses twice as many; telephones take 200 million
+    Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses twice as many; phones take 200 million
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # editors write more than 1 MiB
 
 
@@ -1290,11 +1290,11 @@ def read_templates(path: Path) -> list[str]:
 def find_images(
     folder: Path, option: str = "--instance_data_dir", captions: Sequence[str] = CAPTION_EXTENSIONS
 ) -> list[Path]:
-    """Image files in a folder, by name, not looking into its subfolders. Raises UserError.
+    """Image files of a folder, sorted by name, without its subfolders. Raises UserError.
 
-    Notes what it leaves out, but for the files that may be captions.
+    Logs which other files are left out, except those that may be captions.
     """
-    if not os.path.isdir(folder):  # which, unlike Path's, is False also where looking is not allowed
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False also without permission to look
         problem = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise UserError(f"{option} {folder} {problem}: give a folder of images.")
     try:
@@ -1302,7 +1302,7 @@ def find_images(
     except OSError as error:
         raise UserError(f"{option} {folder} cannot be read: {error.strerror}.") from None
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-    images = [path for path in images if os.path.isfile(path)]  # not a folder, a pipe, or a link that leads nowhere
+    images = [path for path in images if os.path.isfile(path)]  # not a folder, a pipe or a broken link
     beside = tuple(ending.lower() for ending in (*captions, *METADATA_FILES))
     others = [path for path in files if path not in images and not path.name.lower().endswith(beside)]
     if left_out := [repr(path.name) for path in others]:
@@ -1314,7 +1314,7 @@ def find_images(
 
 # Copied from train_dti_sdxl.readable_images
 def readable_images(paths: list[Path], said: str) -> list[Path]:
-    """Those that are not of a format which is not installed. Warns of the others. Raises UserError where none is left."""
+    """The images whose format can be read. Warns about the others. Raises UserError if none is left."""
     missing = {path: kind for path in paths if (kind := missing_format({"path": path, "bytes": None}))}
     problem = "; ".join(
         f"reading {kind} needs `pip install '{ADDED_FORMATS[kind][2]}'`" for kind in dict.fromkeys(missing.values())
@@ -1328,7 +1328,7 @@ def readable_images(paths: list[Path], said: str) -> list[Path]:
 
 # Copied from train_dti_sdxl.missing_format
 def missing_format(record: dict) -> str | None:
-    """The format of an image, by how it begins, if nothing that is installed reads it."""
+    """The image's format, by its first bytes, if no installed package reads it; otherwise None."""
     head = record["bytes"] or b""
     if record["bytes"] is None:
         with contextlib.suppress(OSError), open(record["path"], "rb") as file:  # open_image tells of such errors
@@ -1342,7 +1342,7 @@ def missing_format(record: dict) -> str | None:
 # Copied from train_dti_sdxl.Caption
 @dataclass(frozen=True)
 class Caption:
-    """What stands as a photograph's caption, lines to choose from if it is right, and where, for messages."""
+    """What is given as a photograph's caption (text of one or more lines, if it is valid), and its source for messages."""
 
     caption: object
     source: str
@@ -1350,15 +1350,15 @@ class Caption:
 
 # Copied from train_dti_sdxl.same_name
 def same_name(name: str) -> str:
-    """A file's name in the form by which names are compared: systems write an accent as one character or as two."""
+    """A file name in the form for comparison: systems write an accented letter as one character or as two."""
     return unicodedata.normalize("NFC", name)
 
 
 # Copied from train_dti_sdxl.read_captions
 def read_captions(images: list[Path], args: argparse.Namespace) -> list[Caption] | None:
-    """Each image's caption, by the folder's metadata file or files beside the images; None where there are none to use.
+    """Each image's caption, from the folder's metadata file or from files beside the images; None without captions.
 
-    Warns of captions that are there and not used. Raises UserError.
+    Warns about captions that are not used. Raises UserError.
     """
     if args.no_captions:
         return None
@@ -1387,18 +1387,18 @@ def read_captions(images: list[Path], args: argparse.Namespace) -> list[Caption]
 
 # Copied from train_dti_sdxl.caption_files
 def caption_files(folder: Path, images: list[Path], ending: str) -> dict[str, Path]:
-    """The files with this ending that are named as an image, by that name. Warns of others."""
+    """The caption files with this ending, by the name of their image. Warns about files without an image."""
     names = {same_name(path.stem) for path in images}
     files = [p for p in sorted(folder.iterdir()) if os.path.isfile(p) and not p.name.startswith(".")]
     files = {same_name(p.name[: -len(ending)]): p for p in files if p.name.lower().endswith(ending.lower())}
     if strangers := [repr(path.name) for name, path in files.items() if name not in names]:
-        logger.warning(f"Left out, for no photograph has their names: {', '.join(strangers)}")
+        logger.warning(f"Left out, because no photograph has their names: {', '.join(strangers)}")
     return {name: path for name, path in files.items() if name in names}
 
 
 # Copied from train_dti_sdxl.read_files
 def read_files(files: dict[str, Path], images: list[Path], pattern: str) -> list[Caption]:
-    """The images' captions, a file for each. Raises UserError."""
+    """The images' captions, one file each. Raises UserError."""
     captions = []
     for image in images:
         path = files.get(same_name(image.stem))
@@ -1426,7 +1426,7 @@ def read_metadata(path: Path, images: list[Path], args: argparse.Namespace) -> l
         where = f"{path}, row {number}"
         if missing := [name for name in (key, column) if name not in row]:
             raise UserError(f"{where} has no column {missing[0]!r}: it needs {key} and --caption_column {column}.")
-        if None in row:  # so the csv module gives what is too much
+        if None in row:  # the csv module's key for surplus cells
             raise UserError(f"{where} has more cells than the file has columns: put captions with commas in quotes.")
         if not isinstance(row[key], str):
             raise UserError(f"{where}: the {key} is {row[key]!r}: write a photograph's name.")
@@ -1438,7 +1438,7 @@ def read_metadata(path: Path, images: list[Path], args: argparse.Namespace) -> l
     if without := [name for name in here if name not in captions]:
         raise UserError(f"{path.parent}: the metadata file has no row for {without[0]!r}.")
     if strangers := [repr(name) for name in captions if name not in here]:
-        logger.warning(f"{path} has rows for what is no photograph of the folder: {', '.join(strangers)}")
+        logger.warning(f"{path} has rows for files that are not photographs of the folder: {', '.join(strangers)}")
     return [captions[name] for name in here]
 
 
@@ -1462,10 +1462,10 @@ def metadata_rows(path: Path, column: str) -> list[dict]:
 
 # Copied from train_dti_sdxl.load_photographs
 def load_photographs(args: argparse.Namespace) -> Sequence[dict]:
-    """A row for each photograph: `image`, not yet decoded, as `datasets` has it, `caption` where there are captions.
+    """A row for each photograph: `image`, not yet decoded, in `datasets`' form; `caption` and its `source` with captions.
 
-    A caption comes with its `source`, and with --mask_dir there is a `mask`, like `image` or None. A folder is listed here and not by `datasets`' imagefolder, which sorts files by
-    names like "test" into splits and takes brackets in names for patterns.
+    With --mask_dir there is a `mask`, like `image` or None. The folder is not listed by `datasets`' imagefolder, which
+    sorts files with names like "test" into splits and reads brackets in names as patterns.
     """
     if args.dataset_name is not None:
         return load_named_dataset(args)
@@ -1481,13 +1481,13 @@ def load_photographs(args: argparse.Namespace) -> Sequence[dict]:
         try:
             text.encode()
         except UnicodeEncodeError:  # a name in another encoding, or half a character in a caption's JSON
-            raise UserError(f"{text!r} is not valid UTF-8: rename the file or mend the caption.") from None
+            raise UserError(f"{text!r} is not valid UTF-8: rename the file or correct the caption.") from None
     return rows
 
 
 # Copied from train_dti_sdxl.find_masks
 def find_masks(images: list[Path], folder: Path) -> list[dict | None]:
-    """The mask of the same name for each image, endings aside; None, with a warning, where there is none. Raises UserError."""
+    """Each image's mask, by the file name without its ending; None, with a warning, if it has none. Raises UserError."""
     if os.path.isdir(folder) and os.path.samefile(folder, images[0].parent):
         raise UserError(f"--mask_dir {folder} is the photographs' folder, and masks would be taken for photographs.")
     masks = {same_name(path.stem): {"path": str(path), "bytes": None} for path in find_images(folder, "--mask_dir")}
@@ -1528,18 +1528,18 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
 
 # Copied from train_dti_sdxl.open_image
 def open_image(record: dict, shrink_to: int | None = None, convert: Callable | None = None) -> Image.Image:
-    """Decode one photograph upright to sRGB, or as `convert` does. Raises UserError naming one that cannot be read.
+    """Decode one photograph, upright, to sRGB or by `convert`. Raises UserError with its name if it cannot be read.
 
-    With `shrink_to` a JPEG may come out smaller, its shorter side still at least so many pixels: quick, for a check.
+    With `shrink_to` a JPEG may be decoded smaller, with at least so many pixels on its shorter side: fast, for checks.
     """
     if record is None:
-        raise UserError("A row of the data set has no image: take it away.")
+        raise UserError("A row of the data set has no image: remove the row.")
     source = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
     name = record["path"] or "an image of the data set"
     try:
         with Image.open(source) as image:
-            if image.format == "EPS":  # Pillow would run Ghostscript on it, for as long as the file likes
-                raise UserError(f"{name} is PostScript, which is not read: save it as PNG or take it away.")
+            if image.format == "EPS":  # Pillow would run Ghostscript on it, with no limit of time
+                raise UserError(f"{name} is PostScript, which is not read: save it as PNG or remove it.")
             if image.format == "JXL" and not getattr(image, "jpeg", False):
                 image.getexif().pop(ExifTags.Base.Orientation, None)  # the decoder has turned it already
             if shrink_to is not None:
@@ -1553,7 +1553,7 @@ def open_image(record: dict, shrink_to: int | None = None, convert: Callable | N
 
 # Copied from train_dti_sdxl.why_unreadable
 def why_unreadable(error: Exception, record: dict) -> str:
-    """What is the matter with a photograph that Pillow does not read, and the remedy."""
+    """Why Pillow does not read a photograph, and the remedy."""
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, the most that are read: make it smaller."
     if "MAX_TEXT" in str(error) or "Decompressed" in str(error):  # the latter before Pillow 11
@@ -1563,14 +1563,14 @@ def why_unreadable(error: Exception, record: dict) -> str:
         return f"cannot be read: {error.strerror}."
     if (kind := missing_format(record)) is not None:
         return f"is {kind}, and reading it needs `pip install '{ADDED_FORMATS[kind][2]}'`."
-    return f"is damaged or not an image ({error}): mend it or take it away."
+    return f"is damaged or not an image ({error}): repair or remove it."
 
 
 # Copied from train_dti_sdxl.to_srgb
 def to_srgb(image: Image.Image, name: str) -> Image.Image:
-    """Any mode to RGB in sRGB's colours: transparency over white, 16-bit scaled to 8.
+    """Convert any mode to RGB in sRGB's colours: transparency over white, 16 bits scaled to 8.
 
-    Raises UserError where white is nowhere defined.
+    Raises UserError for floating-point pixels, whose white is not defined.
     """
     if image.mode == "F":  # Pillow's conversion would take 1.0 for almost black
         raise UserError(f"{name} has floating-point pixels, which are not read: save it with 8 or 16 bits.")
@@ -1593,7 +1593,7 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
 
 # Copied from train_dti_sdxl.alpha_channel
 def alpha_channel(image: Image.Image, name: str) -> Image.Image:
-    """How opaque an image is, from 0 to 255, in mode L."""
+    """The image's opacity, from 0 to 255, in mode L."""
     if not image.has_transparency_data:
         return Image.new("L", image.size, 255)
     return image.convert("RGBA").getchannel("A")
@@ -1601,7 +1601,7 @@ def alpha_channel(image: Image.Image, name: str) -> Image.Image:
 
 # Copied from train_dti_sdxl.grey_mask
 def grey_mask(image: Image.Image, name: str) -> Image.Image:
-    """A mask in mode L. Raises UserError where there is more to it than grey."""
+    """A mask in mode L. Raises UserError for one with transparent parts."""
     if alpha_channel(image, name).getextrema()[0] < 255:
         raise UserError(f"{name} has transparent parts: a mask is grey, white where the subject is. See --alpha_mask.")
     return to_srgb(image, name).convert("L")
@@ -1619,7 +1619,7 @@ def open_mask(row: dict, args: argparse.Namespace) -> Image.Image | None:
 
 # Copied from train_dti_sdxl.colours_without_profile
 def colours_without_profile(image: Image.Image) -> str | None:
-    """The colours other than sRGB's that a file names, if any, in other words than a profile's."""
+    """The colour space other than sRGB that a file names without a profile, if any."""
     nclx = image.info.get("nclx_profile") or {}  # HEIF; the numbers are those of ITU-T H.273
     if nclx.get("transfer_characteristics") in (16, 18):
         return "HDR (PQ or HLG)"
@@ -1633,7 +1633,7 @@ def colours_without_profile(image: Image.Image) -> str | None:
 
 # Copied from train_dti_sdxl.apply_profile
 def apply_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image:
-    """The opaque image in sRGB's colours, by its ICC profile; where that is of no use, as it is, with a warning."""
+    """The opaque image in sRGB's colours by its ICC profile; unchanged, with a warning, if the profile cannot be used."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         kind = source.profile.xcolor_space.strip()
@@ -1643,7 +1643,7 @@ def apply_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image:
             image = image.convert("L")
         return ImageCms.applyTransform(image, srgb_transform(profile, image.mode))
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
-        warn_once(f"{name}: its colours are taken for sRGB, for its colour profile cannot be used ({error}).")
+        warn_once(f"{name}: its colours are taken for sRGB, because its colour profile cannot be used ({error}).")
         return image.convert("RGB")
 
 
@@ -1664,13 +1664,13 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 # Copied from train_dti_sdxl.warn_once
 @functools.cache
 def warn_once(message: str) -> None:
-    """A warning about a photograph, which may be read many times."""
+    """Log a warning about a photograph once, though it may be read many times."""
     logger.warning(message)
 
 
 # Copied from train_dti_sdxl.check_images
 def check_images(photographs: Sequence[dict], resolution: int) -> None:
-    """Decode every photograph once, so that a damaged one is found before the models load. Raises UserError."""
+    """Decode every photograph once, to find a damaged one before the models load. Raises UserError."""
     small = 0
     # By rows: before version 4, `datasets` would read the whole column into memory.
     for row in tqdm(photographs, desc="Checking photographs", leave=False, disable=len(photographs) < 50):
@@ -1683,7 +1683,7 @@ def check_images(photographs: Sequence[dict], resolution: int) -> None:
 
 # Copied from train_dti_sdxl.check_masks
 def check_masks(photographs: Sequence[dict], args: argparse.Namespace) -> None:
-    """Open every mask once, and refuse what shows nothing or does not fit its photograph. Raises UserError."""
+    """Open every mask once; it must show a subject and fit its photograph. Raises UserError."""
     darkest = 0 if args.mask_dir is None and not args.alpha_mask else 255
     for row in photographs if darkest else ():
         if args.alpha_mask or row["mask"]:
@@ -1693,14 +1693,14 @@ def check_masks(photographs: Sequence[dict], args: argparse.Namespace) -> None:
             darkest = min(darkest, mask.getextrema()[0])
     if darkest >= 128:
         option = f"--mask_dir {args.mask_dir}" if args.mask_dir else "--alpha_mask"
-        raise UserError(f"{option}: the masks are white all over and would change nothing: leave the option out.")
+        raise UserError(f"{option}: the masks are white everywhere and would change nothing: leave the option out.")
 
 
 # Copied from train_dti_sdxl.check_mask
 def check_mask(mask: Image.Image, size: tuple[int, int], name: str) -> None:
     """Refuse a mask that shows nothing or has another shape than its photograph of `size`. Raises UserError."""
     if mask.getextrema()[1] < 128:
-        raise UserError(f"{name} shows no subject: its mask is black all over.")
+        raise UserError(f"{name} shows no subject: its mask is black everywhere.")
     (width, height), (wide, high) = mask.size, size
     if abs(width * high / (height * wide) - 1) > 0.05:  # a photograph opened for a check has its size rounded
         raise UserError(f"{name} is {width} x {height}, which is not the shape of the photograph, {wide} x {high}.")
@@ -1733,9 +1733,9 @@ def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> l
 
 # Copied from train_dti_sdxl.caption_lines
 def caption_lines(caption: Caption) -> list[str]:
-    """The lines of a caption, of which each step sees one. Raises UserError where it is none."""
+    """The lines of a caption; each step uses one. Raises UserError if it is not text."""
     if not isinstance(caption.caption, str):
-        raise UserError(f"{caption.source}: the caption is {caption.caption!r}, which is no text: write one.")
+        raise UserError(f"{caption.source}: the caption is {caption.caption!r}, which is not text: write one.")
     lines = [line.strip() for line in caption.caption.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{caption.source}: the caption is empty: write one.")
@@ -1744,7 +1744,7 @@ def caption_lines(caption: Caption) -> list[str]:
 
 # Copied from train_dti_sdxl.check_new_word
 def check_new_word(captions: list[Caption], lines: list[list[str]], args: argparse.Namespace) -> None:
-    """Refuse captions that do not name the subject, and say how they can. Raises UserError."""
+    """Check that every caption names the subject; the message says how. Raises UserError."""
     all_lines = [(caption, line) for caption, each in zip(captions, lines, strict=True) for line in each]
     without = [(c, line) for c, line in all_lines if "{}" not in line and args.placeholder_token not in line]
     if not without:
@@ -1763,7 +1763,7 @@ def check_new_word(captions: list[Caption], lines: list[list[str]], args: argpar
 
 # Copied from train_dti_sdxl.check_prompts
 def check_prompts(model, prompts: list[list[str]], num_vectors: int) -> None:
-    """Refuse prompts that are so long that the new word is cut off, and warn of cut ones. Raises UserError."""
+    """Check that no prompt is so long that the new word is cut off; warn about other cuts. Raises UserError."""
     distinct, cut = dict.fromkeys(itertools.chain.from_iterable(prompts)), set()
     for prompt in distinct:
         for tokenizer in model.tokenizers:
@@ -1796,7 +1796,7 @@ def draw_view(
 ) -> View:
     """Choose a part of a photograph of `size` (width, height) whose shorter side is resized to the resolution.
 
-    With a mask one that shows at least half of the subject, if ten draws find it.
+    With a mask, a part that shows at least half of the subject, if one of ten draws does.
     """
     spare_width, spare_height = (round(side * args.resolution / min(size)) - args.resolution for side in size)
     for _ in range(1 if mask is None or args.center_crop else 10):
@@ -1811,7 +1811,7 @@ def draw_view(
 
 # Copied from train_dti_sdxl.subject_share
 def subject_share(mask: Image.Image, view: View, resolution: int) -> float:
-    """How much of what the mask shows is in the view."""
+    """The share of the masked subject that lies in the view."""
     side = min(mask.size)
     whole = np.asarray(mask).mean() * mask.width * mask.height
     return np.asarray(cut_view(mask, view, resolution)).mean() * side * side / whole
@@ -1837,7 +1837,7 @@ def render_view(image: Image.Image, view: View, resolution: int) -> torch.Tensor
 
 # Copied from train_dti_sdxl.render_mask
 def render_mask(mask: Image.Image | None, view: View, resolution: int) -> dict[str, torch.Tensor]:
-    """How much of each of the view's pixels is the subject, (1, R, R) in [0, 1]; nothing without masks."""
+    """The view's mask, (1, R, R) in [0, 1], under `mask`; an empty dictionary without masks."""
     if mask is None:
         return {}
     return {"mask": torch.from_numpy(np.array(cut_view(mask, view, resolution)))[None] / 255}
@@ -1853,10 +1853,10 @@ def size_conditioning(size: tuple[int, int], view: View, resolution: int) -> dic
 
 # Copied from train_dti_sdxl.TrainingExamples
 class TrainingExamples(torch.utils.data.Dataset):
-    """What the training sees at position 0, 1, 2 ... of an endless sequence: a view of a photograph and a prompt.
+    """The training examples at positions 0, 1, 2 ... of an endless sequence: a view of a photograph and a prompt.
 
-    Every item is a function of the seed and its position alone, whoever asks for it: nothing that is drawn depends on
-    worker processes, on validation or on where a run began. Each photograph comes once in an epoch, in a new order.
+    Every item depends only on the seed and its position, not on worker processes, on validation or on where a run was
+    resumed. Each epoch has every photograph once, in a new order.
     """
 
     def __init__(self, photographs, prompts: list[list[str]], cache: list[list[dict]] | None, seed: int, args):
@@ -1882,7 +1882,7 @@ class TrainingExamples(torch.utils.data.Dataset):
 def cache_latents(model, photographs: Sequence[dict], seed: int, accelerator: Accelerator) -> list[list[dict]]:
     """Encode the views of every photograph once, one at a time. Returns, on the CPU, a list of views for each.
 
-    Several processes share the work out, and each gets the whole.
+    Several processes share the work, and each gets all the views.
     """
     args, encoded = model.args, []
     model.vae.to(accelerator.device)
@@ -1908,7 +1908,7 @@ def cache_latents(model, photographs: Sequence[dict], seed: int, accelerator: Ac
 
 # Copied from train_dti_sdxl.noise_generator
 def noise_generator(seed: int, position: int) -> torch.Generator:
-    """Random numbers of the example at a position. They are drawn on the CPU, so that any device sees the same ones."""
+    """The generator of an example's noise. It draws on the CPU, so that the numbers are the same on any device."""
     state = np.random.SeedSequence([seed, 2, position]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
@@ -1919,8 +1919,8 @@ def batches(
 ) -> Iterator[dict]:
     """Endless batches for this process, from its `start`-th on, each with a generator for each example's noise.
 
-    Of each `num_processes` consecutive batches it takes its own. How the examples are divided into batches, micro-batches
-    and processes changes none of them: only their number in a step matters.
+    Of each `num_processes` consecutive batches, a process takes one. The examples themselves do not depend on how they are
+    divided into batches, micro-batches and processes: only the number in a step matters.
     """
     size, rank, world = args.train_batch_size, accelerator.process_index, accelerator.num_processes
     positions = ([(k * world + rank) * size + i for i in range(size)] for k in itertools.count(start))
@@ -1936,7 +1936,7 @@ def batches(
 
 # Copied from train_dti_sdxl.to_device
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy from the CPU. A plain `.to` would wait until a GPU has done all that it was given before."""
+    """Copy from the CPU, without waiting for the GPU's queued work as a plain `.to` does."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -2063,7 +2063,7 @@ def in_tiles_if_needed(vae, work: Callable, x: torch.Tensor):
 
 # Copied from train_dti_sdxl.load_text_encoder
 def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
-    """Load a text encoder. Raises ValueError where weights are missing: transformers would go on with random ones."""
+    """Load a text encoder. Raises ValueError for missing weights, which transformers would initialize at random."""
     encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
     if info["missing_keys"]:  # transformers' major versions name some weights differently
         raise ValueError(
@@ -2087,7 +2087,7 @@ class Sana:
     """
 
     pipeline_class = SanaPipeline
-    # For a user who has taken the wrong script.
+    # For a user who runs the wrong script.
     other_scripts = {"StableDiffusionXLPipeline": "train_dti_sdxl.py"}
     other_scripts |= {"StableDiffusionPipeline": "examples/train_dti_sd.py"}
     denoiser_name = "transformer"  # its folder, and its name in the pipeline
@@ -2371,7 +2371,7 @@ MODEL_CLASS = Sana
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-# Windows opens a device where a file is called so, whatever its suffix.
+# On Windows these names open a device, whatever the suffix.
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 
 
@@ -2379,8 +2379,8 @@ WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\
 def web_name(placeholder: str) -> str:
     """The placeholder as a file name on any system, for the web tools take the file's name for the word.
 
-    It is the placeholder without its angle brackets. Where a file cannot be called so, a few digits of its hash follow, so
-    that no other placeholder has the same name.
+    It is the placeholder without its angle brackets. If that cannot be a file name, a few digits of its hash are appended,
+    so that no other placeholder has the same name.
     """
     bare = placeholder[1:-1] if placeholder.startswith("<") and placeholder.endswith(">") else placeholder
     name = re.sub(r"[^\w.+-]+", "", bare).strip(".")
@@ -2391,7 +2391,7 @@ def web_name(placeholder: str) -> str:
 
 # Copied from train_dti_sdxl.name_notes
 def name_notes(model) -> list[str]:
-    """One line for each tool that reads the new word's files and cannot take the word, with a better one proposed."""
+    """One line for each tool that cannot use the new word as it is, with a better word proposed."""
     word, name = model.args.placeholder_token, web_name(model.args.placeholder_token)
     ascii_text = unicodedata.normalize("NFKD", model.args.initializer_token or word).encode("ascii", "ignore").decode()
     better = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-").removeprefix("my-")
@@ -2406,14 +2406,14 @@ def name_notes(model) -> list[str]:
 
 # Copied from train_dti_sdxl.model_name
 def model_name(args: argparse.Namespace) -> str:
-    """The base model for others to read: a Hub id as it is, of a local folder only the name."""
+    """The base model's name for others: a Hub id, or only the last part of a local path."""
     name = args.pretrained_model_name_or_path
     return Path(name).resolve().name if os.path.exists(name) else name
 
 
 # Copied from train_dti_sdxl.file_metadata
 def file_metadata(model, step: int, about: dict[str, str], lora: bool = False) -> dict[str, str]:
-    """What model sites and people read in a file's header, by the modelspec standard; `about` has more of it."""
+    """A file's header for model sites and people, by the modelspec standard; `about` adds to it."""
     args, word, name = model.args, model.args.placeholder_token, web_name(model.args.placeholder_token)
     what = f"{word} is a new word for {model_name(args)}, learned by Directional Textual Inversion (arXiv 2512.13672)."
     hint = f"Write {word} in the prompt{model.web_spelling.format(name=name)}."
@@ -2439,7 +2439,7 @@ def file_metadata(model, step: int, about: dict[str, str], lora: bool = False) -
 
 # Copied from train_dti_sdxl.write_file
 def write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name and rename: a kill or a full disk leaves the old file or the new one. Raises UserError."""
+    """Write under a temporary name and rename, so that a kill or a full disk leaves a whole file. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(content)
@@ -2448,14 +2448,14 @@ def write_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(
-            f"{path} cannot be written: {error.strerror}. What was saved before is as it was; make room and go on with"
+            f"{path} cannot be written: {error.strerror}. What was saved before is intact; make room and go on with"
             " --resume_from_checkpoint latest."
         ) from None
 
 
 # Copied from train_dti_sdxl.save_tensors
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whose metadata get modelspec's hash of all that follows them. Raises UserError."""
+    """Write a safetensors file with modelspec's hash of the tensors in its metadata. Raises UserError."""
     content = save(tensors)
     digest = hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     write_file(path, save(tensors, metadata={"format": "pt", **metadata, "modelspec.hash_sha256": f"0x{digest}"}))
@@ -2491,7 +2491,7 @@ def to_kohya(state: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Te
 def save_adapters(model, metadata: dict[str, str], suffix: str = "") -> None:
     """Write the float32 LoRA weights twice: for `pipe.load_lora_weights`, and in kohya's naming for the web tools.
 
-    alpha stands in the header of the first, where only diffusers looks, and in the second beside each layer.
+    The first has alpha in its header, where only diffusers looks, the second beside each layer.
     """
     args, state = model.args, get_peft_model_state_dict(model.denoiser)
     options = {
@@ -2512,7 +2512,7 @@ def save_adapters(model, metadata: dict[str, str], suffix: str = "") -> None:
 
 # Copied from train_dti_sdxl.save_result
 def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> None:
-    """Write the embeddings, and the adapters if there are any; an earlier run's do not belong to these embeddings."""
+    """Write the embeddings, and the adapters if there are any; otherwise remove those of an earlier run."""
     save_embeddings(model, file_metadata(model, step, about), suffix)
     if model.args.rank:
         save_adapters(model, file_metadata(model, step, about, lora=True), suffix)
@@ -2534,7 +2534,7 @@ def save_options(args: argparse.Namespace, derived: dict) -> None:
 # Copied from train_dti_sdxl.Checkpoint
 @dataclass
 class Checkpoint:
-    """All that training changes, after `step` steps: tensors (n, d) and smaller, and what JSON can hold."""
+    """Everything that training changes, after `step` steps: tensors (n, d) and smaller, and values for JSON."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -2543,7 +2543,7 @@ class Checkpoint:
 
 # Copied from train_dti_sdxl.run_identity
 def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -> dict:
-    """What a checkpoint must have in common with the run that goes on from it. Other options may be changed on the way."""
+    """What a checkpoint and the run that resumes from it must have in common. Other options may differ."""
     names = ("placeholder_token", "magnitude", "optimizer", "init", "kappa", "reg_weight")
     names += ("rank", "lora_alpha", "lora_target_modules")
     options = {name: getattr(args, name) for name in names}
@@ -2564,9 +2564,7 @@ def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         temporary.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error.strerror}. Earlier checkpoints are as they were."
-        ) from None
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Earlier checkpoints are intact.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if args.checkpoints_total_limit is not None:
@@ -2576,9 +2574,9 @@ def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 # Copied from train_dti_sdxl.find_checkpoints
 def find_checkpoints(output_dir: Path) -> list[tuple[Path, Checkpoint]]:
-    """The sound checkpoints of a folder, the one written last first: not the highest step, for that may be an older run's.
+    """The intact checkpoints of a folder, the last written first (the highest step may be an older run's).
 
-    One that is incomplete or damaged is passed over with a message.
+    Incomplete or damaged ones are skipped with a warning.
     """
     sound = []
     for folder in filter(Path.is_dir, output_dir.glob("checkpoint-*")):
@@ -2586,13 +2584,13 @@ def find_checkpoints(output_dir: Path) -> list[tuple[Path, Checkpoint]]:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             sound.append((folder, Checkpoint(state["step"], load_file(folder / "state.safetensors"), state)))
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-            logger.warning(f"{folder} is incomplete or damaged and is passed over ({type(error).__name__}).")
+            logger.warning(f"{folder} is incomplete or damaged and is skipped ({type(error).__name__}).")
     return sorted(sound, key=lambda pair: pair[1].state["written"], reverse=True)
 
 
 # Copied from train_dti_sdxl.choose_checkpoint
 def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to begin. Raises UserError for none such or one of another run."""
+    """The checkpoint to resume from, or None to start. Raises UserError if there is none, or if it is another run's."""
     if args.resume_from_checkpoint is None:
         return None
     option, wanted = f"--resume_from_checkpoint {args.resume_from_checkpoint}", args.resume_from_checkpoint
@@ -2656,7 +2654,7 @@ def repository_name(args: argparse.Namespace) -> str:
 
 # Copied from train_dti_sdxl.check_sharing_options
 def check_sharing_options(model) -> None:
-    """Refuse what can be seen to be wrong without asking the Hub. Raises UserError."""
+    """Check the options on sharing, without asking the Hub. Raises UserError."""
     args = model.args
     for name in ("hub_model_id", "hub_private_repo", "license"):
         if getattr(args, name) and not args.push_to_hub:
@@ -2686,7 +2684,7 @@ def check_sharing_options(model) -> None:
 
 # Copied from train_dti_sdxl.one_line
 def one_line(error: Exception) -> str:
-    """The first line of what an error says, the Hub's own words where it said any."""
+    """The first line of an error's message, in the Hub's own words if it gave any."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return text.strip().splitlines()[0]
 
@@ -2705,21 +2703,21 @@ def hub_problem(error: Exception, repository: str) -> str:
             "or --hub_model_id of an account that is yours"
         )
     if status is None:
-        return f"{HfApi().endpoint} cannot be reached ({one_line(error)}): mend the connection, or push later"
+        return f"{HfApi().endpoint} cannot be reached ({one_line(error)}): check the connection, or push later"
     return f"the Hub answers {status} for {repository}: {one_line(error)}"
 
 
 # Copied from train_dti_sdxl.open_repository
 def open_repository(model) -> str:
-    """Log in, make the repository unless it exists, and try that it can be written to. Returns its id. Raises UserError."""
+    """Log in, create the repository unless it exists, and check that it is writable. Returns its id. Raises UserError."""
     args = model.args
     api, repository = HfApi(token=args.hub_token), repository_name(args)
     try:
         account = api.whoami()["name"]
         repository = repository if "/" in repository else f"{account}/{repository}"
         api.create_repo(repository, private=args.hub_private_repo or None, exist_ok=True)
-        # An existing repository passes the line above whoever owns it. This is the first half of an upload, which asks
-        # for the right to write; a text file's content is sent in the second half, with the commit.
+        # The line above accepts any existing repository, whoever owns it. This first half of an upload needs the right
+        # to write; a text file's content would be sent with the second half, the commit.
         api.preupload_lfs_files(repository, [CommitOperationAdd("README.md", b"A text.")])
         private = api.model_info(repository).private
         card = {"repoType": "model", "content": f"---\n{card_data(model).to_yaml()}\n---\n"}
@@ -2739,7 +2737,7 @@ def open_repository(model) -> str:
 
 # Copied from train_dti_sdxl.prepare_repository
 def prepare_repository(model, accelerator: Accelerator) -> str | None:
-    """Settle where to push, if at all, before anything is trained in vain. Raises UserError in every process."""
+    """Settle where to push, if at all, before the training. Raises UserError in every process."""
     return from_first(lambda: open_repository(model) if model.args.push_to_hub else None, accelerator)
 
 
@@ -2828,7 +2826,7 @@ All options are in [training_options.json](training_options.json), the curves in
 
 # Copied from train_dti_sdxl.shareable_options
 def shareable_options(args: argparse.Namespace) -> str:
-    """training_options.json with the last part only of every path: whose home they are in concerns nobody."""
+    """training_options.json with every path reduced to its last part, so that local folders stay private."""
     content = json.loads((args.output_dir / "training_options.json").read_text(encoding="utf-8"))
     for name, value in content["options"].items():
         if isinstance(value, str) and (isinstance(getattr(args, name), Path) or os.path.exists(value)):
@@ -2838,7 +2836,7 @@ def shareable_options(args: argparse.Namespace) -> str:
 
 # Copied from train_dti_sdxl.fill_hub_folder
 def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> Path:
-    """Gather in --output_dir/hub what is uploaded, and nothing else."""
+    """Put into --output_dir/hub exactly what is uploaded."""
     args, folder = model.args, model.args.output_dir / "hub"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "samples").mkdir(parents=True)
@@ -2861,7 +2859,7 @@ def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image
 
 # Copied from train_dti_sdxl.share
 def share(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> None:
-    """Upload embedding, card, samples and options in one commit. What it takes the place of goes. Raises UserError.
+    """Upload embedding, card, samples and options in one commit that replaces the earlier ones. Raises UserError.
 
     `rows` are the last validation's pictures, by prompt.
     """
@@ -2881,7 +2879,7 @@ def share(model, repository: str, derived: dict, rows: list[list[Image.Image]], 
             commit_message=f"{args.placeholder_token} after {args.max_train_steps} steps",
         )
     except Exception as error:  # as in open_repository
-        private = " --private" if args.hub_private_repo else ""  # for a repository that has gone since
+        private = " --private" if args.hub_private_repo else ""  # for a repository that has been deleted since
         raise UserError(
             f"--push_to_hub: {hub_problem(error, repository)}. Nothing is lost, all files are in {args.output_dir}. "
             f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}{private}"
@@ -2902,7 +2900,7 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
 # Copied from train_dti_sdxl.validate
 @torch.no_grad()
 def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list[Image.Image]]:
-    """Sample every validation prompt. Returns the pictures of each, and puts them into validation-<step>.png and the tracker."""
+    """Sample every validation prompt. Returns each prompt's images; writes validation-<step>.png and to the tracker."""
     args, dropout = model.args, model.denoiser.training
     negative = args.validation_negative_prompt and args.validation_negative_prompt.replace(
         "{}", args.placeholder_token
@@ -2911,7 +2909,7 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list
     model.denoiser.eval()
     latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
     model.denoiser.train(dropout)
-    # --gradient_checkpointing is to save memory: the VAE decodes alone on the device.
+    # With --gradient_checkpointing, to save memory, the VAE is alone on the device.
     with (
         offload_models(*others, device="cpu", offload=args.gradient_checkpointing),
         offload_models(model.vae, device=accelerator.device),
@@ -2935,7 +2933,7 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list
 
 # Copied from train_dti_sdxl.thumbnail
 def thumbnail(picture: Image.Image) -> str:
-    """The picture as modelspec wants it: a JPEG of at most 256 pixels in a data URI."""
+    """The picture in modelspec's form: a JPEG of at most 256 pixels as a data URI."""
     small = picture.convert("RGB")
     small.thumbnail((256, 256))
     small.save(content := io.BytesIO(), format="jpeg", quality=80)
@@ -2944,7 +2942,7 @@ def thumbnail(picture: Image.Image) -> str:
 
 # Copied from train_dti_sdxl.labelled_grid
 def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
-    """One row of pictures for each label, with the label above it. A small model's pictures are enlarged to be seen."""
+    """One row of pictures for each label, with the label above it. Small pictures are enlarged."""
     zoom = max(1, 192 // rows[0][0].width)
     rows = [[image.resize((image.width * zoom, image.height * zoom), Image.NEAREST) for image in row] for row in rows]
     width, height = rows[0][0].size
@@ -2988,7 +2986,7 @@ class History:
         return entry
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Take up the curves where the checkpoint left them."""
+        """Continue the curves from the checkpoint."""
         self.entries = checkpoint.state["entries"]
         self.start_time = time.perf_counter() - checkpoint.state["seconds"]
         for index, previous in enumerate(self.previous):
@@ -3022,7 +3020,7 @@ class History:
 
 # Copied from train_dti_sdxl.scale_learning_rate
 def scale_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Put the rate that acts in the place of the one given: it is what is logged and saved, and repeats the run anywhere."""
+    """Replace the given rate by the one that acts, which is logged and saved and repeats the run anywhere."""
     if args.scale_lr:
         args.learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         args.scale_lr = False
@@ -3076,7 +3074,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
         )
-    except ValueError as error:  # fp16 on a CPU, bf16 on a device that has none
+    except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
         raise UserError(f"{f'--mixed_precision {precision}' if precision else 'accelerate'}: {error}") from None
     check_processes(accelerator)
@@ -3136,7 +3134,7 @@ def make_optimizer(tokens: list[LearnedToken], args: argparse.Namespace) -> torc
 
 # Copied from train_dti_sdxl.Training
 class Training:
-    """What changes from step to step, for the loop to advance and for checkpoints to hold."""
+    """The state that the loop advances and checkpoints save."""
 
     def __init__(self, model, adapters: Adapters | None, accelerator: Accelerator):
         args, self.tokens, self.adapters, self.accelerator = model.args, model.tokens, adapters, accelerator
@@ -3159,7 +3157,7 @@ class Training:
             self.adapters.open(self.lr_scheduler.last_epoch)
 
     def step(self) -> None:
-        """One optimization step on the gradients averaged over the processes, before anything nonlinear happens to them."""
+        """One optimization step, on the gradients averaged over the processes before the projection."""
         for token in self.tokens:  # a few kilobytes: no DDP
             token.parameter.grad = self.accelerator.reduce(token.parameter.grad, reduction="mean")
         if self.adapters:
@@ -3199,7 +3197,7 @@ class Training:
 
     @torch.no_grad()
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Take up the state of a checkpoint. Raises UserError where it is not of this model."""
+        """Load the state of a checkpoint. Raises UserError if it is another model's."""
         for i, token in enumerate(self.tokens):
             if not torch.equal(checkpoint.tensors[f"start.{i}"], token.start.cpu()):
                 raise UserError(
@@ -3225,7 +3223,7 @@ class Training:
 
 # Copied from train_dti_sdxl.Interruption
 class Interruption:
-    """SIGINT and SIGTERM: within the loop the step is finished and a checkpoint saved; elsewhere the script just ends."""
+    """SIGINT and SIGTERM: within the loop, finish the step and save a checkpoint; elsewhere, end at once."""
 
     seconds = 3.0  # between two times that several processes ask each other, about
 
@@ -3307,7 +3305,7 @@ def announce(args: argparse.Namespace, derived: dict) -> None:
 
 # Copied from train_dti_sdxl.report_skipped
 def report_skipped(training: Training) -> None:
-    """Say how often a direction was left as it was, if ever."""
+    """Warn about updates that were left out, if any."""
     skipped = int(sum(state["skipped"] for state in training.optimizer.state.values()))
     if skipped:
         logger.warning(f"{skipped} updates of a vector were left out: its gradient was zero or not finite.")
@@ -3317,7 +3315,7 @@ def report_skipped(training: Training) -> None:
 
 # Copied from train_dti_sdxl.log
 def log(training: Training, step: int, learning_rate: float, progress: tqdm) -> None:
-    """Read the values from the device, and give them to the trackers and the progress bar."""
+    """Read the values from the device for the trackers and the progress bar."""
     loss = training.mean_losses().mean().item()
     training.losses.clear()
     entry = training.history.add(step, loss, learning_rate, training.optimizer)
@@ -3329,7 +3327,7 @@ def log(training: Training, step: int, learning_rate: float, progress: tqdm) -> 
 
 # Copied from train_dti_sdxl.leave
 def leave(accelerator: Accelerator, step: int, args: argparse.Namespace) -> None:
-    """End an interrupted run, whose checkpoint is saved, as the shell expects: status 130 or 143."""
+    """End an interrupted run, after its checkpoint, with the status that shells expect: 130 or 143."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         tqdm.write(
@@ -3370,7 +3368,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     model.load(dtype)
     cache = cache_latents(model, photographs, seed, accelerator) if args.cache_latents else None
 
-    # The new word, all that is trained but for adapters.
+    # The new word: all that is trained, except for adapters.
     parts = zip(model.text_encoders, model.tokenizers, first_ids, warm_start, strict=True)
     for encoder, tokenizer, first_id, rows in parts:
         model.tokens.append(make_token(encoder.to(device), tokenizer, first_id, num_vectors, rows, args))
@@ -3465,7 +3463,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
 
 # Copied from train_dti_sdxl.run
 def run(model_class: type) -> None:
-    """`main` as a program: a user's mistake is one line and status 1."""
+    """Run `main`; a user's mistake ends in one line and status 1."""
     forgive_output()
     interruption.listen()
     try:

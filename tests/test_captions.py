@@ -139,14 +139,15 @@ def test_captions_that_are_not_used_are_a_warning(photos, caplog):
 def test_text_of_no_photograph_and_rows_of_none_are_a_warning(photos, caplog):
     folder = photos(**ALL, readme__txt="hello", **{"._a__txt": "macOS"})
     assert prompts(folder) == PROMPTS
-    assert warnings(caplog) == ["Left out, for no photograph has their names: 'readme.txt'"]
+    assert warnings(caplog) == ["Left out, because no photograph has their names: 'readme.txt'"]
     caplog.clear()
     metadata("jsonl", folder, names=("b.JPG", "caf\u00e9.png", "a.png"))
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('\n{"file_name": "train/a.png", "text": "a {}"}\n')
     assert prompts(folder) == PROMPTS
     assert any(
-        "metadata.jsonl has rows for what is no photograph of the folder: 'train/a.png'" in w for w in warnings(caplog)
+        "metadata.jsonl has rows for files that are not photographs of the folder: 'train/a.png'" in w
+        for w in warnings(caplog)
     )
 
 
@@ -157,12 +158,15 @@ BAD = {
         r"caf.*\.png has no caption, and others have: write caf.*\.txt, or add --no_captions",
     ),
     "UTF-16": ({"a__txt": "\ufeffa {}".encode("utf-16")}, r"a\.txt cannot be read as text in UTF-8"),
-    "null": ({"metadata__jsonl": [("a.png", None)]}, r"metadata\.jsonl, row 1: the caption is None, which is no text"),
+    "null": (
+        {"metadata__jsonl": [("a.png", None)]},
+        r"metadata\.jsonl, row 1: the caption is None, which is not text",
+    ),
     "a list": (
         {"metadata__jsonl": [("b.JPG", "{}"), ("a.png", ["a {}"])]},
         r"row 2: the caption is \['a \{\}'\], which is",
     ),
-    "a number": ({"metadata__jsonl": [("a.png", 5)]}, r"row 1: the caption is 5, which is no text"),
+    "a number": ({"metadata__jsonl": [("a.png", 5)]}, r"row 1: the caption is 5, which is not text"),
     "no name": ({"metadata__jsonl": [(None, "{}")]}, "row 1: the file_name is None: write a photograph's name"),
     "twice": (
         {"metadata__jsonl": [("a.png", "{}"), ("b.JPG", "{}"), ("./a.png", "my {}")]},
@@ -252,7 +256,7 @@ def test_a_data_set_s_captions(tmp_path, caplog):
     prompts(None, **options | {"caption_column": None, "no_captions": True})
     assert not warnings(caplog)
     save("a {}", None)
-    with pytest.raises(UserError, match="--dataset_name .*, row 2: the caption is None, which is no text"):
+    with pytest.raises(UserError, match="--dataset_name .*, row 2: the caption is None, which is not text"):
         prompts(None, **options)
 
 

@@ -269,7 +269,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(hub, job, ru
 
 def test_no_network_is_said_before_any_weight_loads(trainer, train, no_weights, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")  # the tests run with HF_HUB_OFFLINE set
-    with pytest.raises(trainer.UserError, match="--push_to_hub: https://.* cannot be reached .*mend the connection"):
+    with pytest.raises(trainer.UserError, match="--push_to_hub: https://.* cannot be reached .*check the connection"):
         train("--push_to_hub")
 
 

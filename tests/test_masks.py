@@ -241,8 +241,8 @@ def others(folder):
 
 WRONG = {
     turned: "1.png is 120 x 70, which is not the shape of the photograph, 70 x 120",
-    all_of(0): "0.png shows no subject: its mask is black all over",
-    all_of(255): "--mask_dir .*masks: the masks are white all over and would change nothing",
+    all_of(0): "0.png shows no subject: its mask is black everywhere",
+    all_of(255): "--mask_dir .*masks: the masks are white everywhere and would change nothing",
     transparent: "2.png has transparent parts: a mask is grey",
     damaged: "0.png is damaged or not an image",
     others: "--mask_dir .*masks has no mask named as a photograph, such as 0.png",
@@ -259,5 +259,5 @@ def test_masks_that_cannot_be_used_are_named(masked, spoil):
 
 def test_photographs_without_transparency_have_no_alpha_masks(masked):
     args = mask_options(masked, mask_dir=None, alpha_mask=True)
-    with pytest.raises(UserError, match="--alpha_mask: the masks are white all over and would change nothing"):
+    with pytest.raises(UserError, match="--alpha_mask: the masks are white everywhere and would change nothing"):
         script.check_masks(script.load_photographs(args), args)
