@@ -376,7 +376,7 @@ def write_words(runs: list[Run], args: argparse.Namespace) -> None:
             text = getattr(miniature("world").CONCEPTS[item.concept], item.method.words)
             vectors = {}
             for tokenizer, (name, matrix) in zip(
-                load_tokenizers(str(args.pipeline), "sdxl", None), matrices.items(), strict=True
+                load_tokenizers(args.pipeline, "sdxl"), matrices.items(), strict=True
             ):
                 vectors[name] = matrix[tokenizer(text, add_special_tokens=False).input_ids].float()
             write_embedding(Embedding(f"<{item.concept}>", vectors), item.folder(args))

@@ -25,7 +25,9 @@ def encoder(small):
 
 
 def token_options(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{"magnitude": "mean", "init": "token", "initializer_token": "teapot"} | changes)
+    return argparse.Namespace(
+        **{"magnitude": "mean", "init": "token", "initializer_token": "teapot", "base_precision": "auto"} | changes
+    )
 
 
 def make(encoder, tokenizer, num_vectors=1, warm_start=None, **changes):

@@ -581,5 +581,5 @@ def test_with_gradient_checkpointing_the_vae_decodes_alone(saving, tmp_path):
     model.args.placeholder_token, model.args.validation_negative_prompt = "<x>", None
     script.validate(model, SimpleNamespace(device=torch.device("cuda"), trackers=[]), seed=0, step=1)
     places("afterwards")
-    assert where["sampling"] == ["cuda", "cuda", "cuda"] and where["afterwards"] == ["cpu", "cuda", "cuda"]
+    assert where["sampling"] == ["cpu", "cuda", "cuda"] and where["afterwards"] == ["cpu", "cuda", "cuda"]
     assert where["decoding"] == (["cuda", "cpu", "cpu"] if saving else ["cuda", "cuda", "cuda"])
