@@ -2314,6 +2314,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         scheduler = self.scheduler_class(shift=shipped.get("shift", shipped.get("flow_shift", 1.0)))
         # Latents need no VAE on the device.
         pipeline = self.pipeline_class(self.tokenizers[0], self.text_encoders[0], None, self.denoiser, scheduler)
+        pipeline.vae_scale_factor = 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)  # without a VAE: 32
         pipeline.set_progress_bar_config(disable=True)
         latents = []
         for index in range(args.num_validation_images):

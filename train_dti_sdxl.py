@@ -2333,6 +2333,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
         # Latents need no VAE on the device.
         parts |= {"vae": None, self.denoiser_name: self.denoiser, "scheduler": scheduler}
         pipeline = self.pipeline_class(**parts, **self.pipeline_options)
+        pipeline.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # without a VAE it takes 8
         pipeline.set_progress_bar_config(disable=True)
         latents = []
         for index in range(args.num_validation_images):

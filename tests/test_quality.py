@@ -25,6 +25,7 @@ import world  # noqa: E402
 from export import read_embedding  # noqa: E402
 from training import to_tensor  # noqa: E402
 
+import train_dti_sana  # noqa: E402
 import train_dti_sdxl as script  # noqa: E402
 
 
@@ -109,6 +110,23 @@ def test_the_claim_with_all_steps_and_prompts(tmp_path, name):
     ti, dti = claim(tmp_path, concept, 400, evaluate.BUILT_IN["world"], world.home(concept))
     assert dti.said > ti.said + 0.1
     assert dti.image > ti.image - 0.1
+
+
+@pytest.mark.parametrize("module, latent", [(script, "mean"), (train_dti_sana, "latents")])
+def test_validation_draws_latents_of_the_size_that_training_has(module, latent, tmp_path):
+    """Whatever the autoencoder's factor is: the miniatures' are not the published models'."""
+    family = module.__name__.removeprefix("train_dti_")
+    command = f"--pretrained_model_name_or_path {MINIATURE}/{family} --instance_data_dir x --placeholder_token <new>"
+    command += f" --initializer_token fish --output_dir {tmp_path} --resolution 64 --num_validation_images 1"
+    model = module.MODEL_CLASS(
+        module.parse_args([*command.split(), "--validation_inference_steps", "1"], module.MODEL_CLASS)
+    )
+    model.load_tokenizers()
+    model.load(torch.float32)
+    trained = model.encode_images(torch.zeros(1, 3, 64, 64))[latent]
+    (drawn,) = model.sample_latents("a fish", None, seed=0)
+    assert drawn.shape == trained.shape
+    assert model.decode(drawn).shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("split", ["autoencoded", "autoencoded_sana"])
