@@ -2831,12 +2831,13 @@ def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image
     args, folder = model.args, model.args.output_dir / "hub"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "samples").mkdir(parents=True)
+    # First, for check_sharing_options knows by it that the folder is a push's, also of one that was killed on the way.
+    (folder / "training_options.json").write_text(shareable_options(args), encoding="utf-8")
     names = [f"{name}.safetensors" for name in (*model.embedding_files, web_name(args.placeholder_token))]
     names += [LORA_FILE, f"{web_name(args.placeholder_token)}-lora.safetensors"] * bool(args.rank)
     names += ["training_curves.png"]
     for name, source in {**{name: args.output_dir / name for name in names}, **model.hub_code}.items():
         shutil.copyfile(source, folder / name)
-    (folder / "training_options.json").write_text(shareable_options(args), encoding="utf-8")
     widget = []
     for index, (prompt, images) in enumerate(zip(validation_prompts(args), rows, strict=False)):
         for number, image in enumerate(images):
@@ -2961,9 +2962,10 @@ class History:
             entry[f"{name}/angle_to_initializer"] = angle(now, token.prior_mean).mean().item()
             entry[f"{name}/angle_since_last_log"] = angle(now, previous).mean().item()
             previous.copy_(now)
-            if "gradient_norm" not in optimizer.state[token.parameter]:  # fp16's scaler has let every step pass so far
+            state = optimizer.state.get(token.parameter)  # asked by its key, a state would be made
+            if state is None:  # fp16's scaler has skipped every step so far
                 continue
-            gradient_norm = optimizer.state[token.parameter]["gradient_norm"].item()
+            gradient_norm = state["gradient_norm"].item()
             entry[f"{name}/gradient_norm"] = gradient_norm
             if kappa := optimizer.param_groups[0]["kappa"]:
                 entry[f"{name}/prior_share"] = kappa / max(gradient_norm, torch.finfo(torch.float32).tiny)
