@@ -2010,15 +2010,17 @@ class Int8Conv2d(torch.nn.Conv2d):
 # Copied from train_dti_sdxl.to_int8
 @torch.no_grad()
 def to_int8(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Hold the weights of all linear layers and convolutions in int8, layer by layer, and return the model.
+    """Hold the weights of the blocks' linear layers and convolutions in int8, layer by layer, and return the model.
 
     Each output channel has a scale, rounded to `dtype` before the weights are divided by it: later casts to `dtype` lose
     nothing. The layers stay an nn.Linear or nn.Conv2d, which PEFT adapts. Embeddings, norms and biases stay as they are,
-    and so do convolutions that pad with anything but zeros.
+    and so do convolutions that pad with anything but zeros. The few layers outside the numbered blocks (first, last, time,
+    size) also stay: on SDXL their rounding doubles the error of the gradient.
     """
     kinds = {torch.nn.Linear: Int8Linear, torch.nn.Conv2d: Int8Conv2d}
-    for layer in model.modules():
-        if type(layer) not in kinds or getattr(layer, "padding_mode", "zeros") != "zeros":
+    for name, layer in model.named_modules():
+        outside = not any(part.isdecimal() for part in name.split("."))
+        if outside or type(layer) not in kinds or getattr(layer, "padding_mode", "zeros") != "zeros":
             continue
         largest = torch.linalg.vector_norm(layer.weight, math.inf, list(range(1, layer.weight.ndim)), keepdim=True)
         scale = (largest.float() / 127).to(dtype)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import generate
@@ -92,11 +93,14 @@ def test_the_gradient_keeps_its_direction_and_a_broken_scale_is_noticed(loaded, 
     model = loaded("--gradient_checkpointing", **options, base_precision="int8")
     assert cosine(wanted, gradients(model)) > FLOOR
 
-    # Half of SANA's weights are convolutions: what is not in int8 are the VAE, embeddings, norms and biases.
+    # Half of SANA's weights are convolutions: what is not in int8 are the VAE, embeddings, norms, biases, and ends.
     for part in (model.denoiser, *model.text_encoders):
-        stock = [type(layer) for layer in part.modules() if type(layer) in (torch.nn.Linear, torch.nn.Conv2d)]
+        layers = {n: type(x) for n, x in part.named_modules() if isinstance(x, (torch.nn.Linear, torch.nn.Conv2d))}
+        assert {n for n, kind in layers.items() if kind not in LAYERS} == {
+            n for n in layers if not re.search(r"\.\d", n)
+        }
         weights = [p.nbytes for p in part.parameters() if p.dtype == torch.int8]
-        assert not stock and sum(weights) > 0.7 * sum(p.nbytes for p in part.parameters())
+        assert sum(weights) > 0.6 * sum(p.nbytes for p in part.parameters())
 
     kinds = [torch.nn.Linear, torch.nn.Conv2d]
     for kind in kinds:
