@@ -82,6 +82,7 @@ def command_line() -> argparse.ArgumentParser:
     add_common_options(parser)
     add = parser.add_argument
     add("--concepts", type=at_least(int, 2), default=8, help="Concepts for Table 2.")
+    add("--one_vector_concepts", type=at_least(int, 0), default=8, help="Of these, the concepts that are also trained with one vector.")
     add("--seeds", type=at_least(int, 1), default=3, help="Training seeds for Table 2.")
     add("--ablation_concepts", type=at_least(int, 0), default=4, help="Concepts for Table 3. 0: only Table 2.")
     add("--ablation_seeds", type=at_least(int, 1), default=2, help="Training seeds for Table 3.")
@@ -98,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = command_line().parse_args(argv)
     args.pipeline, args.script = check_models(args.models, "sdxl"), SCRIPT
     args.stock_pooling = args.ablation_concepts > 0
-    check_concepts(max(args.concepts, args.ablation_concepts))
+    check_concepts(max(args.concepts, args.one_vector_concepts, args.ablation_concepts))
     return args
 
 
@@ -279,13 +280,14 @@ def subjects() -> list[str]:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All runs, grouped by concept, Table 2 before the ablations."""
+    """All runs, grouped by concept: Table 2 with several vectors, the ablations, then Table 2 with one vector."""
     runs = []
-    for ablation, count, seeds in (
-        (False, args.concepts, args.seeds),
-        (True, args.ablation_concepts, args.ablation_seeds),
+    for methods, count, seeds in (
+        ([*TABLE_2, *(m for m in OTHERS if m.words)], args.concepts, args.seeds),
+        ([m for m in METHODS if m.ablation], args.ablation_concepts, args.ablation_seeds),
+        (list(map(with_one_vector, TABLE_2)), args.one_vector_concepts, args.seeds),
     ):
-        methods = [method for method in METHODS if method.ablation == ablation and method.of is None]
+        methods = [method for method in methods if method.of is None]
         for concept in subjects()[:count]:
             runs += [Run(m, concept, seed) for seed in range(seeds) for m in methods if m.trained or seed == 0]
     return runs
