@@ -12,7 +12,7 @@ steps. Runs share the processor's cores (`--jobs`) or take turns on a GPU. A rep
 can be stopped and restarted at any time.
 
 Written to --output_dir: `report.md` with the tables beside the paper's and a comparison of each of its orderings,
-`report.json`, plots (image against text score, both scores over the steps, and over the norm),
+`report.json`, plots (image against text score, both scores over the steps, and over the norm), sheets of pictures,
 `runs/<concept>/<method>-<seed>` and `evaluations/<setting>/<concept>` with contact sheets.
 
 Sections: 1 options, 2 methods and the paper's results, 3 training, 4 evaluation, 5 report, 6 main.
@@ -48,8 +48,10 @@ from export import (
     write_embedding,
     write_files,
 )
-from generate import load_tokenizers
+from generate import contact_sheet, load_tokenizers, to_png
 from generate import number as at_least
+from pictures import open_picture
+from PIL import Image
 from rescale import vocabulary
 
 
@@ -476,6 +478,7 @@ def evaluate_all(runs: list[Run], args: argparse.Namespace) -> dict[str, list[di
         for record in report["records"]:
             method, _, rest = record["method"].partition(" #")
             record["method"] = RESCALED[method] if rest.endswith("-rescaled") else method
+            record["file"] = evaluation_folder(setting, concept, args) / record["file"]
             records.setdefault(setting.name, []).append(record)
     return records
 
@@ -634,6 +637,21 @@ def draw_curves(curves: list[Curve]) -> tuple[bytes, bytes]:
     return tuple(pictures)
 
 
+def draw_sheet(records: list[dict], concept: str) -> bytes:
+    """Draw a concept's pictures of Table 2 as PNG: a row for each method, a column for each of at most eight prompts."""
+    mine = [r for r in records if r["subject"] == concept and r["method"] in {m.name for m in TABLE_2}]
+    prompts = list(dict.fromkeys(r["prompt"] for r in mine))
+    prompts = prompts[:: math.ceil(len(prompts) / 8)]
+    first = {(r["method"], r["prompt"]): r["file"] for r in reversed(mine)}  # of the first seed
+    methods = [m.name for m in TABLE_2 if (m.name, prompts[0]) in first]
+    rows = [[open_picture(first[name, prompt]) for prompt in prompts] for name in methods]
+    rows = [
+        [picture.resize((2 * picture.width, 2 * picture.height), Image.NEAREST) for picture in row] for row in rows
+    ]
+    labels = [prompt.replace("{}", "...").removeprefix("a photo of a ") for prompt in prompts]
+    return to_png(contact_sheet(rows, methods, labels), {})
+
+
 def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse.Namespace) -> Path:
     facts = facts_of(args) | {
         "training": f"batch {args.train_batch_size}, {args.num_vectors} vectors; pictures in one place"
@@ -668,6 +686,9 @@ def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse
             f"![image against text score](scatter-{name}.png)",
             "",
         ]
+        for concept in subjects()[:2]:
+            parts += [f"### {concept}", "", f"![{concept} by each method](sheet-{concept}-{name}.png)", ""]
+            files[f"sheet-{concept}-{name}.png"] = draw_sheet(mine, concept)
         files[f"scatter-{name}.png"] = draw_scatter(statistics([r for r in mine if "@" not in r["method"]]))
         files[f"front-{name}.png"], files[f"norm-{name}.png"] = draw_curves(points[name])
     curves_by_name = {name: [asdict(curve) for curve in some] for name, some in points.items()}
