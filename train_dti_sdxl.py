@@ -187,6 +187,7 @@ SWITCH = {"nargs": "?", "const": True, "default": False, "type": boolean, "metav
 NEGATED = {"const": False, "default": True, "type": lambda text: not boolean(text)}
 
 METHOD_OPTIONS = ("learning_rate", "lr_scheduler", "kappa", "magnitude", "optimizer", "init")  # told with the result
+PRESET_OPTIONS = ("max_train_steps", "learning_rate", "lr_scheduler", "magnitude")  # what a preset's rows hold
 
 # Options that other options make idle: when, in words, and what gives them an effect. The model's class has more.
 LORA_ONLY = (lambda args: not args.rank, "without --rank", "add --rank 32")
@@ -226,36 +227,32 @@ IDLE = {
         "",
     ),
     "crops_per_image": (
-        lambda args: (
-            not args.cache_latents or (args.center_crop and not args.random_flip and args.crops_per_image > 1)
-        ),
+        lambda args: not args.cache_latents or args.center_crop and not args.random_flip and args.crops_per_image > 1,
         "with --no_cache_latents, which crops anew at every step, or where --center_crop leaves one view",
         "",
     ),
     "dataloader_num_workers": (lambda args: args.cache_latents, "while latents are cached", "add --no_cache_latents"),
-    "revision": (
-        lambda args: os.path.exists(args.pretrained_model_name_or_path),
-        "on a model that is on this computer",
-        "",
-    ),
+    "revision": (lambda args: os.path.exists(args.pretrained_model_name_or_path), "on a local model", ""),
     "save_steps": (
         lambda args: args.save_steps >= args.max_train_steps,
         "from the last step on, which is saved anyway",
         "give less than --max_train_steps",
     ),
-    "logging_dir": (
-        lambda args: args.report_to != "tensorboard",
-        "except with --report_to tensorboard",
-        "use that",
-    ),
+    "logging_dir": (lambda args: args.report_to != "tensorboard", "except with --report_to tensorboard", "use that"),
 }
 
-# fmt: off
 
-
-def add_method_options(parser: argparse.ArgumentParser, presets: dict) -> None:
+def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=f"Teach a {model_class.pipeline_class.__name__} a new word by Directional Textual Inversion (DTI).",
+        usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
+        allow_abbrev=False,
+        add_help=add_help,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    # fmt: off
     add = parser.add_argument_group("method").add_argument
-    add("--preset", choices=presets, default=None, help="Steps, learning rate, schedule and magnitude together; an option given by itself wins. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
+    add("--preset", choices=model_class.presets, default=None, help="Steps, learning rate, schedule and magnitude together; an option given by itself wins. default: the one for --optimizer rsgd, found in a small world (examples/presets); fast: fewer steps; paper: as printed, and what --optimizer adamw takes; released: as the authors' launchers have it.")
     add("--learning_rate", type=number(float, 0, above=True), default=None, help="eta. On the sphere the length of the tangent step: a step turns a direction by arctan(eta) radians. Default: the preset's.")
     add("--scale_lr", **SWITCH, help="Multiply --learning_rate by batch size, accumulation steps and processes, as the authors' launchers do. The product is what is printed and saved.")
     add("--kappa", type=number(float, 0), default=None, help="Concentration of the von Mises-Fisher prior towards the initializer; paper: 1e-4 (default), 5e-5 to 2e-4 works. No prior with --magnitude free.")
@@ -268,16 +265,12 @@ def add_method_options(parser: argparse.ArgumentParser, presets: dict) -> None:
     add("--adam_weight_decay", type=number(float, 0), default=1e-2, help="AdamW's weight decay.")
     add("--adam_epsilon", type=number(float, 0, above=True), default=1e-8, help="AdamW's epsilon.")
 
-
-def add_token_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token").add_argument
     add("--placeholder_token", required=True, help='The new word, such as "<my-dog>". It must not be in the vocabulary.')
     add("--initializer_token", default=None, help='The class word, such as dog. A text of several tokens ("stuffed animal") gives one vector each.')
     add("--num_vectors", type=number(int, 1), default=None, help="Vectors of the new token. Default: as many as the initializer has tokens; with more, the initializer repeats.")
     add("--init_embedding", type=Path, default=None, help="Continue from a finished embedding: a folder or file of this script's or of diffusers' (learned_embeds*.safetensors), or a clip_l/clip_g file.")
 
-
-def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LoRA beside the new word, by PEFT").add_argument
     add("--rank", type=number(int, 0), default=0, help="Rank of the adapters on the denoiser; 0: none, the model stays as it is; the paper's Figure 8: 32.")
     add("--lora_alpha", type=number(float, 0, above=True), default=None, help="What the adapters add is multiplied by alpha / rank. Default: the rank.")
@@ -286,8 +279,6 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add("--lora_learning_rate", type=number(float, 0, above=True), default=1e-4, help="AdamW's learning rate of the adapters; it follows --lr_scheduler too.")
     add("--lora_start_step", type=number(int, 0), default=0, help="Steps in which only the new word is trained, before the adapters start.")
 
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--instance_data_dir", "--train_data_dir", type=Path, default=None, help="Folder of photographs (subfolders are not read), optionally with captions: a .txt or .caption file for each, or metadata.jsonl, .csv or .parquet.")
     add("--dataset_name", default=None, help="Instead of a folder, a data set on the Hub or a local one that `datasets.load_dataset` reads; its split `train` is used.")
@@ -309,8 +300,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--crops_per_image", type=number(int, 1), default=4, help="Views (random crops, flips) of each photograph that are encoded when latents are cached; equal ones count once.")
     add("--dataloader_num_workers", type=number(int, 0), default=0, help="Processes that load images when latents are not cached.")
 
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline in diffusers' format.")
     add("--revision", default=None, help="Revision of the model on the Hub.")
@@ -322,8 +311,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", **SWITCH, help="Recompute activations of the denoiser and the text encoders in the backward pass: less memory, slower.")
     add("--compile", **SWITCH, help="Compile the denoiser's repeated blocks with torch.compile.")
 
+    model_class.add_options(parser)
 
-def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--config", type=Path, default=None, metavar="FILE", help="Options from a TOML, YAML or JSON file, or from the training_options.json of an earlier run. The command line wins.")
     add("--output_dir", type=Path, required=True, help="Where the results are written.")
@@ -347,34 +336,12 @@ def add_loop_options(parser: argparse.ArgumentParser) -> None:
     add("--logging_dir", default="logs", help="Folder of the tracker's files, within --output_dir.")
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="Tracker that gets the curves and the validation images.")
 
-
-def add_sharing_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sharing").add_argument
     add("--push_to_hub", **SWITCH, help="At the end upload the embedding, a model card and the last validation images to the Hub: kilobytes; no photographs and no model.")
     add("--hub_model_id", default=None, help="Repository to upload to, such as my-name/my-dog. Default: the name of --output_dir, in the account of the token.")
     add("--hub_private_repo", **SWITCH, help="Create a private repository.")
     add("--license", default=None, help="License that the model card states, by the Hub's identifier, such as cc-by-4.0. Default: none is stated.")
-
-
-# fmt: on
-
-
-def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=f"Teach a {model_class.pipeline_class.__name__} a new word by Directional Textual Inversion (DTI).",
-        usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
-        allow_abbrev=False,
-        add_help=add_help,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_method_options(parser, model_class.presets)
-    add_token_options(parser)
-    add_lora_options(parser)
-    add_data_options(parser)
-    add_model_options(parser)
-    model_class.add_options(parser)
-    add_loop_options(parser)
-    add_sharing_options(parser)
+    # fmt: on
     return parser
 
 
@@ -422,8 +389,9 @@ def read_config(path: Path) -> list[tuple]:
         raise UserError(f"{option} cannot be read as a table of options: {reason}") from None
 
 
-def config_arguments(path: Path, overruled: set[str], model_class: type) -> list[str]:
-    """The command line that a file of options stands for, without the options that are `overruled`. Raises UserError."""
+def config_arguments(given: dict, model_class: type) -> list[str]:
+    """What --config stands for on the command line, without what is `given` beside it, by --preset too. Raises UserError."""
+    path, overruled = given["config"], {*given, *(PRESET_OPTIONS if "preset" in given else ())}
     actions = [action for action in make_parser(model_class, add_help=False)._actions if action.dest != "config"]
     known = {spelling.removeprefix("--"): action for action in actions for spelling in action.option_strings}
     arguments, seen = [], {}
@@ -448,12 +416,6 @@ def config_arguments(path: Path, overruled: set[str], model_class: type) -> list
     return arguments
 
 
-def overruled_config(given: dict, model_class: type) -> list[str]:
-    """The command line that --config stands for, without what is `given` beside it or is a given preset's. Raises UserError."""
-    of_presets = {name for preset in model_class.presets.values() for options in preset.values() for name in options}
-    return config_arguments(given["config"], {*given, *(of_presets if "preset" in given else ())}, model_class)
-
-
 def parse_given(argv: list[str], model_class: type, prog: str | None = None) -> argparse.Namespace:
     """Only what `argv` gives, without defaults. `prog` begins the error messages."""
     parser = make_parser(model_class, add_help=False)
@@ -463,23 +425,13 @@ def parse_given(argv: list[str], model_class: type, prog: str | None = None) -> 
     return parser.parse_known_args(argv)[0]
 
 
-def given_options(argv: list[str] | None, model_class: type) -> set[str]:
-    """Names of the options that the user gave, of those in a file the ones that are not the default's. Raises UserError.
-
-    A run's own file has them all, its preset beside what the preset stands for, and repeats that run.
-    """
-    given = vars(parse_given(sys.argv[1:] if argv is None else argv, model_class))
-    if "config" not in given:
-        return {*given}
-    parser, arguments = make_parser(model_class, add_help=False), overruled_config(given, model_class)
-    from_file = vars(parse_given(arguments, model_class))
-    of_file = {name for name, value in from_file.items() if value != parser.get_default(name)} - {"preset"}
-    return {*given} | of_file
-
-
-def refuse_idle(model, given: set[str]) -> None:
-    """Refuse what the user gave and another option makes idle. Raises UserError."""
+def refuse_idle(model, argv: list[str] | None) -> None:
+    """Refuse what the user gave, by a file too, and another option makes idle. Raises UserError."""
     args, parser = model.args, make_parser(type(model), add_help=False)
+    given = vars(parse_given(sys.argv[1:] if argv is None else argv, type(model)))
+    if "config" in given:  # a run's own file has all options, and its preset beside what that stands for
+        from_file = vars(parse_given(config_arguments(given, type(model)), type(model)))
+        given |= {name: x for name, x in from_file.items() if x != parser.get_default(name) and name != "preset"}
     for name, (idle, when, remedy) in {**IDLE, **model.idle_options}.items():
         value = getattr(args, name, None)
         nothing = not value and value == parser.get_default(name)  # such as --lr_warmup_steps 0
@@ -487,11 +439,9 @@ def refuse_idle(model, given: set[str]) -> None:
             text = ",".join(value) if isinstance(value, list) else value
             said = f"--{name}" if value is True else f"--{name} {text}"
             raise UserError(f"{said} has no effect {when}: {remedy + ', or ' * bool(remedy)}leave it out.")
-    named = model.presets[args.preset].get(args.optimizer, {})
-    if "preset" in given and given.issuperset(named):
-        raise UserError(
-            f"--preset {args.preset} has no effect where each of {', '.join(named)} is given: leave it out."
-        )
+    if given.keys() >= {"preset", *PRESET_OPTIONS}:
+        names = ", ".join(PRESET_OPTIONS)
+        raise UserError(f"--preset {args.preset} has no effect where each of {names} is given: leave it out.")
 
 
 def parse_args(argv: list[str] | None, model_class: type) -> argparse.Namespace:
@@ -500,13 +450,13 @@ def parse_args(argv: list[str] | None, model_class: type) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     given = vars(parse_given(argv, model_class))
     if "config" in given:
-        from_file = overruled_config(given, model_class)
+        from_file = config_arguments(given, model_class)
         parse_given(from_file, model_class, prog=f"{parser.prog}: --config {given['config']}")
         argv = [*from_file, *argv]
     args = parser.parse_args(argv)
     del args.config  # from here on nothing depends on where an option was given
     args.preset = args.preset or ("default" if args.optimizer == "rsgd" else "paper")
-    for name, value in model_class.presets[args.preset].get(args.optimizer, {}).items():
+    for name, value in zip(PRESET_OPTIONS, model_class.presets[args.preset].get(args.optimizer, ()), strict=False):
         if getattr(args, name) is None and not (args.scale_lr and name == "learning_rate"):
             setattr(args, name, value)
     if args.kappa is None:
@@ -535,11 +485,9 @@ def check_options(model) -> None:
         raise UserError(
             f"--kappa {args.kappa:g} is a prior on the sphere and --magnitude free has none: leave it out."
         )
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
         if getattr(args, name) >= 1:
             raise UserError(f"--{name} {getattr(args, name):g} must be below 1.")
-    if args.lora_dropout >= 1:
-        raise UserError(f"--lora_dropout {args.lora_dropout:g} must be below 1.")
     if args.rank and args.lora_start_step >= args.max_train_steps:
         raise UserError(
             f"--lora_start_step {args.lora_start_step} leaves no step for the adapters: it must be below"
@@ -2041,20 +1989,10 @@ The LoRA weights for these tools are [`{file}`]({url}).
     # What --preset stands for, by optimizer: found in the miniature world (examples/presets), the paper's settings, and
     # those that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
     presets = {
-        "default": {
-            "rsgd": {"max_train_steps": 250, "learning_rate": 0.08, "lr_scheduler": "linear", "magnitude": "2mean"}
-        },
-        "fast": {
-            "rsgd": {"max_train_steps": 125, "learning_rate": 0.16, "lr_scheduler": "linear", "magnitude": "2mean"}
-        },
-        "paper": {
-            "rsgd": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
-            "adamw": {"max_train_steps": 500, "learning_rate": 5e-3, "lr_scheduler": "constant", "magnitude": "mean"},
-        },
-        "released": {
-            "rsgd": {"max_train_steps": 400, "learning_rate": 0.04, "lr_scheduler": "constant", "magnitude": "mean"},
-            "adamw": {"max_train_steps": 400, "learning_rate": 0.02, "lr_scheduler": "constant", "magnitude": "mean"},
-        },
+        "default": {"rsgd": (250, 0.08, "linear", "2mean")},
+        "fast": {"rsgd": (125, 0.16, "linear", "2mean")},
+        "paper": {"rsgd": (500, 5e-3, "constant", "mean"), "adamw": (500, 5e-3, "constant", "mean")},
+        "released": {"rsgd": (400, 0.04, "constant", "mean"), "adamw": (400, 0.02, "constant", "mean")},
     }
 
     tokenizers: list[CLIPTokenizer]  # by load_tokenizers; what follows, by load
@@ -3319,7 +3257,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     model = model_class(args)
     check_options(model)
     check_sharing_options(model)
-    refuse_idle(model, given_options(argv, model_class))
+    refuse_idle(model, argv)
     accelerator = start_accelerator(args)
     scale_learning_rate(args, accelerator)
     check_model(model)

@@ -403,7 +403,7 @@ CASES = [
         "--crops_per_image 8 has no effect .* --center_crop leaves one view",
     ),
     ({"dataloader_num_workers": 2}, "--dataloader_num_workers 2 has no effect while latents are cached"),
-    ({"revision": "main"}, "--revision main has no effect on a model that is on this computer: leave it out"),
+    ({"revision": "main"}, "--revision main has no effect on a local model: leave it out"),
     ({"save_steps": 4}, "--save_steps 4 has no effect from the last step on, which is saved anyway: give less"),
     ({"logging_dir": "logbook"}, "--logging_dir logbook has no effect except with --report_to tensorboard"),
     (

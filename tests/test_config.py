@@ -57,7 +57,8 @@ def test_the_command_line_wins(options, config):
 
 def test_a_preset_gives_way_to_what_is_said_later_and_nearer(options, config):
     """Defaults, the file's preset, the file's options, the command line's preset, the command line's options."""
-    fast, paper = (script.MODEL_CLASS.presets[name]["rsgd"] for name in ("fast", "paper"))
+    presets = script.MODEL_CLASS.presets
+    fast, paper = (dict(zip(script.PRESET_OPTIONS, presets[x]["rsgd"], strict=True)) for x in ("fast", "paper"))
     path = config("preset = 'fast'\nlr_scheduler = 'cosine'\n")
 
     def chosen(*flags):

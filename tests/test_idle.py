@@ -29,7 +29,7 @@ def refusal(options: list[str], module=script) -> str:
     """What the options are refused with, or nothing."""
     model = module.MODEL_CLASS(module.parse_args(options, module.MODEL_CLASS))
     try:
-        module.refuse_idle(model, module.given_options(options, module.MODEL_CLASS))
+        module.refuse_idle(model, options)
     except module.UserError as error:
         return str(error)
     return ""

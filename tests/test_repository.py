@@ -84,7 +84,7 @@ def test_every_training_command_of_the_readme_is_understood(command, monkeypatch
     script, argv = arguments(command)
     functions, model = functions_of(script), model_of(script, argv)
     functions.check_options(model)
-    functions.refuse_idle(model, functions.given_options(argv, script.MODEL_CLASS))
+    functions.refuse_idle(model, argv)
 
 
 @pytest.mark.parametrize("name", ["clown", pytest.param("heart", marks=pytest.mark.slow)])

@@ -173,7 +173,8 @@ def test_every_row_of_the_papers_tables_is_one_command(train, small, row, flags,
 
 @pytest.mark.parametrize("preset", ["fast", "released", None])
 def test_a_preset_is_its_options_and_what_is_given_wins(train, options, tmp_path, preset):
-    settings = script.MODEL_CLASS.presets[preset or "default"]["rsgd"]
+    values = script.MODEL_CLASS.presets[preset or "default"]["rsgd"]
+    settings = dict(zip(script.PRESET_OPTIONS, values, strict=True))
     rest = {name: value for name, value in settings.items() if name != "max_train_steps"}
     chosen = embeddings(train(preset=preset, max_train_steps=3, output_dir=tmp_path / "preset"))
     written = embeddings(train(preset=None, max_train_steps=3, output_dir=tmp_path / "written", **rest))
