@@ -136,11 +136,9 @@ def number(kind: type, minimum: float, *, above: bool = False):
         except ValueError:
             value = math.nan
         if not (minimum < value <= maximum if above else minimum <= value <= maximum):
-            wanted = "an integer" if kind is int else "a number"
+            wanted = f"{'an integer' if kind is int else 'a number'} {'above' if above else 'of at least'} {minimum}"
             limit = f" and at most {maximum:.10g}" if value > maximum else ""
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {wanted} {'above' if above else 'of at least'} {minimum}{limit}"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}{limit}")
         return value
 
     return parse
@@ -153,9 +151,8 @@ def magnitude_rule(text: str) -> str | float:
     try:
         multiple = number(float, 0, above=True)(text.removesuffix("mean"))
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not mean, a multiple such as 2mean, min, free or a number above 0"
-        ) from None
+        wanted = "mean, a multiple such as 2mean, min, free or a number above 0"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
     return f"{multiple:g}mean" if text.endswith("mean") else multiple
 
 
@@ -390,7 +387,7 @@ def read_config(path: Path) -> list[tuple]:
 
 
 def config_arguments(given: dict, model_class: type) -> list[str]:
-    """What --config stands for on the command line, without what is `given` beside it, by --preset too. Raises UserError."""
+    """--config as a command line, without what is `given` beside it, by --preset too. Raises UserError."""
     path, overruled = given["config"], {*given, *(PRESET_OPTIONS if "preset" in given else ())}
     actions = [action for action in make_parser(model_class, add_help=False)._actions if action.dest != "config"]
     known = {spelling.removeprefix("--"): action for action in actions for spelling in action.option_strings}
@@ -482,17 +479,12 @@ def check_options(model) -> None:
     if args.optimizer == "rsgd" and args.magnitude == "free":
         raise UserError("--optimizer rsgd moves on a sphere and --magnitude free has none: add --optimizer adamw.")
     if args.magnitude == "free" and args.kappa:
-        raise UserError(
-            f"--kappa {args.kappa:g} is a prior on the sphere and --magnitude free has none: leave it out."
-        )
+        raise UserError(f"--kappa {args.kappa:g} is a prior on a sphere and --magnitude free has none: leave it out.")
     for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
         if getattr(args, name) >= 1:
             raise UserError(f"--{name} {getattr(args, name):g} must be below 1.")
     if args.rank and args.lora_start_step >= args.max_train_steps:
-        raise UserError(
-            f"--lora_start_step {args.lora_start_step} leaves no step for the adapters: it must be below"
-            f" --max_train_steps {args.max_train_steps}."
-        )
+        raise UserError(f"--lora_start_step {args.lora_start_step} leaves no step for the adapters: give less.")
     check_data_options(args)
     if args.initializer_token is None and args.init_embedding is None:
         raise UserError("Give --initializer_token (the class word, such as dog) or --init_embedding.")
@@ -504,9 +496,7 @@ def check_options(model) -> None:
         fits = max(args.resolution // step, 1) * step
         raise UserError(f"--resolution {args.resolution} is not a multiple of {step}: try {fits}.")
     if args.report_to == "wandb" and args.hub_token is not None:
-        raise UserError(
-            "--hub_token would be logged by --report_to wandb: log in with `hf auth login` and leave it out."
-        )
+        raise UserError("--hub_token would be logged by --report_to wandb: log in with `hf auth login` instead.")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report_to {args.report_to} needs `pip install {args.report_to}` (or --report_to none).")
     for prompt in args.validation_prompt:
@@ -549,10 +539,7 @@ def check_apart(output_dir: Path, photographs: Path) -> None:
     if os.path.isdir(output_dir) and within(photographs, output_dir):
         relation = "is" if relation else "holds"
     if relation:
-        raise UserError(
-            f"--output_dir {output_dir} {relation} the photographs' folder {photographs}, and the next run would take this"
-            " one's pictures for photographs: give a folder beside it."
-        )
+        raise UserError(f"--output_dir {output_dir} {relation} the photographs' folder {photographs}: give another.")
 
 
 def check_output_dir(folder: Path) -> None:
@@ -563,9 +550,7 @@ def check_output_dir(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another folder."
-        ) from None
+        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another.") from None
 
 
 def hub_options(args: argparse.Namespace) -> dict:
@@ -884,14 +869,9 @@ def initializer_ids(tokenizer, initializer: str) -> list[int]:
         raise UserError(f"--initializer_token {initializer!r} has no tokens: give the class word, such as dog.")
     # A byte-level tokenizer spells an unknown script in single bytes: they decode to nothing and mean nothing.
     if tokenizer.unk_token_id in ids or any("\ufffd" in tokenizer.decode([token_id]) for token_id in ids):
-        raise UserError(
-            f"--initializer_token {initializer!r} is not in the vocabulary: give an English word for the class."
-        )
-    if len(ids) > tokenizer.model_max_length - 2:
-        read = tokenizer.model_max_length - 2
-        raise UserError(
-            f"--initializer_token has {len(ids)} tokens and the encoders read {read} of a prompt: give the class word."
-        )
+        raise UserError(f"--initializer_token {initializer!r} is not in the vocabulary: give an English class word.")
+    if len(ids) > (read := tokenizer.model_max_length - 2):  # beside the start and the end
+        raise UserError(f"--initializer_token has {len(ids)} tokens, and the encoders read {read}: give a class word.")
     return ids
 
 
@@ -906,24 +886,16 @@ def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int) -> int
         raise UserError(f"{option}: the file {web_name(placeholder)}.safetensors is diffusers': choose another.")
     if len(web_name(placeholder).encode()) > 200:  # of the 255 bytes of a file name; the step and suffixes follow
         raise UserError(f"{option} is too long for the name of a file: shorten it.")
-    if num_vectors > tokenizer.model_max_length - 2:  # beside the start and the end
-        read = tokenizer.model_max_length - 2
-        raise UserError(
-            f"{num_vectors} vectors do not fit the {read} tokens of a prompt that the encoders read: use fewer."
-        )
-    names = [
-        placeholder,
-        *(f"{placeholder}_{index}" for index in range(1, num_vectors)),
-    ]  # as diffusers' loader has them
+    if num_vectors > (read := tokenizer.model_max_length - 2):
+        raise UserError(f"{num_vectors} vectors do not fit the {read} tokens that the encoders read: use fewer.")
+    names = [placeholder, *(f"{placeholder}_{index}" for index in range(1, num_vectors))]  # as diffusers names them
     vocabulary = tokenizer.get_vocab()
     owner = re.sub(r"_\d+$", "", placeholder)
     taken = [name for name in (*names, f"{placeholder}_1") if name in vocabulary]
     if owner != placeholder and owner in tokenizer.added_tokens_encoder:
         taken.append(owner)
     if taken or len(tokenizer.tokenize(placeholder)) == 1:
-        raise UserError(
-            f"{option}: {taken[0] if taken else placeholder!r} is in the vocabulary already: choose another."
-        )
+        raise UserError(f"{option}: {taken[0] if taken else placeholder!r} is in the vocabulary: choose another.")
 
     tokenizer.add_tokens(names)
     ids = tokenizer.convert_tokens_to_ids(names)
@@ -944,9 +916,8 @@ def vocabulary_magnitude(vocabulary: torch.Tensor, rule: str | float) -> float |
         return None
     if not isinstance(rule, str):
         return rule
-    norms = torch.cat(
-        [rows.float().norm(dim=-1) for rows in vocabulary.split(8192)]
-    )  # in parts, to avoid a float32 copy of the matrix
+    # In parts, to avoid a float32 copy of the matrix.
+    norms = torch.cat([rows.float().norm(dim=-1) for rows in vocabulary.split(8192)])
     norms = norms[norms > 0].cpu().double()  # Apple GPUs have no float64
     return norms.min().item() if rule == "min" else float(rule.removesuffix("mean") or 1) * norms.mean().item()
 
@@ -1004,16 +975,14 @@ def read_warm_start(model, path: Path, widths: list[int]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def make_token(
-    encoder, tokenizer, first_id: int, num_vectors: int, warm_start: torch.Tensor | None, args
-) -> LearnedToken:
+def make_token(encoder, tokenizer, first_id: int, count: int, warm_start: torch.Tensor | None, args) -> LearnedToken:
     """Compute m*, mu and the start from the frozen encoder, and put the new rows behind its vocabulary."""
     vocabulary = encoder.get_input_embeddings()
     magnitude = vocabulary_magnitude(vocabulary.weight, args.magnitude)
     start = warm_start
     if args.initializer_token is not None:
         rows = initial_embedding(encoder, tokenizer, args.initializer_token, args.init)
-        initializer = rows[torch.arange(num_vectors) % len(rows)]
+        initializer = rows[torch.arange(count) % len(rows)]
         start = initializer if warm_start is None else warm_start
     start = start.to(encoder.device, torch.float32)
     # mu is the class word wherever one is given, so that a warm start is still pulled towards it.
@@ -1166,9 +1135,7 @@ def read_templates(path: Path) -> list[str]:
     return lines
 
 
-def find_images(
-    folder: Path, option: str = "--instance_data_dir", captions: Sequence[str] = CAPTION_EXTENSIONS
-) -> list[Path]:
+def find_images(folder: Path, option: str = "--instance_data_dir", captions: tuple = CAPTION_EXTENSIONS) -> list[Path]:
     """Image files of a folder, sorted by name, without its subfolders. Raises UserError.
 
     Logs which other files are left out, except those that may be captions.
@@ -1379,16 +1346,12 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
     wanted = {"image": args.image_column} | ({"caption": args.caption_column} if args.caption_column else {})
     for option, column in wanted.items():
         if column not in data.column_names:
-            raise UserError(
-                f"--{option}_column {column} is not one of the data set's: {', '.join(data.column_names)}."
-            )
+            raise UserError(f"--{option}_column {column} is none of the data set's: {', '.join(data.column_names)}.")
     if not isinstance(data.features[args.image_column], datasets.Image):
         raise UserError(f"--image_column {args.image_column} of {args.dataset_name} does not hold images.")
     texts = [name for name in ("text", "caption", "captions", "prompt") if name in data.column_names]
     if texts and not (args.caption_column or args.no_captions):
-        logger.warning(
-            f"--dataset_name {args.dataset_name} has captions that are not used: --caption_column {texts[0]}"
-        )
+        logger.warning(f"--dataset_name {args.dataset_name} has captions that are unused: --caption_column {texts[0]}")
     data = data.select_columns(list(wanted.values())).rename_columns({c: o for o, c in wanted.items() if c != o})
     return data.cast_column("image", datasets.Image(decode=False))
 
@@ -1440,9 +1403,7 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
         raise UserError(f"{name} has floating-point pixels, which are not read: save it with 8 or 16 bits.")
     profile = image.info.get("icc_profile")
     if not profile and (colours := colours_without_profile(image)):
-        warn_once(
-            f"{name} says that its colours are {colours}, but it has no colour profile: they are taken for sRGB."
-        )
+        warn_once(f"{name} says that its colours are {colours}, but has no colour profile: they are taken for sRGB.")
     if image.mode.startswith("I"):  # Pillow's own conversion would clip every value above 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     alpha = None
@@ -1532,9 +1493,7 @@ def check_images(photographs: Sequence[dict], resolution: int) -> None:
     for row in tqdm(photographs, desc="Checking photographs", leave=False, disable=len(photographs) < 50):
         small += min(open_image(row["image"], shrink_to=resolution).size) < resolution
     if small:
-        logger.warning(
-            f"{small} of {len(photographs)} photographs are smaller than --resolution {resolution} and will be enlarged."
-        )
+        logger.warning(f"{small} of {len(photographs)} photographs are enlarged to --resolution {resolution}.")
 
 
 def check_masks(photographs: Sequence[dict], args: argparse.Namespace) -> None:
@@ -1563,22 +1522,14 @@ def check_mask(mask: Image.Image, size: tuple[int, int], name: str) -> None:
 def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> list[list[str]]:
     """For each photograph the prompts that it may be trained with: its caption, or all templates. Raises UserError."""
     if "caption" not in photographs[0]:
-        templates = (
-            read_templates(args.prompt_templates)
-            if args.prompt_templates
-            else built_in_templates(args.learnable_property)
-        )
+        path, kind = args.prompt_templates, args.learnable_property
+        templates = read_templates(path) if path else built_in_templates(kind)
         prompts = [template.replace("{}", args.placeholder_token) for template in templates]
         return [prompts] * len(photographs)
-    rows = enumerate(photographs, 1)
-    captions = [
-        Caption(row["caption"], row.get("source") or f"--dataset_name {args.dataset_name}, row {n}") for n, row in rows
-    ]
     if args.learnable_property == "style":
-        raise UserError(
-            f"--learnable_property style chooses among the built-in prompts, and captions are used ({captions[0].source}):"
-            " add --no_captions, or leave it out."
-        )
+        raise UserError("--learnable_property style has no effect with captions: add --no_captions, or leave it out.")
+    rows, place = enumerate(photographs, 1), f"--dataset_name {args.dataset_name}, row"
+    captions = [Caption(row["caption"], row.get("source") or f"{place} {number}") for number, row in rows]
     lines = [caption_lines(caption) for caption in captions]
     check_new_word(captions, lines, args)
     return [[line.replace("{}", args.placeholder_token) for line in each] for each in lines]
@@ -1607,9 +1558,7 @@ def check_new_word(captions: list[Caption], lines: list[list[str]], args: argpar
         if os.path.isfile(caption.source):  # a file for each
             files = f"{shlex.quote(str(args.instance_data_dir))}/*{Path(caption.source).suffix}"
             hint += f", by: perl -pi -e {shlex.quote(f's|{pattern}|{{}}|i')} {files}"
-    raise UserError(
-        f"{caption.source}: the caption {line!r} has neither {{}} nor {args.placeholder_token!r} for the new word.{hint}"
-    )
+    raise UserError(f"{caption.source}: the caption {line!r} has neither {{}} nor {args.placeholder_token!r}.{hint}")
 
 
 def check_prompts(model, prompts: list[list[str]], num_vectors: int) -> None:
@@ -1639,9 +1588,7 @@ class View:
     left: int
 
 
-def draw_view(
-    size: tuple[int, int], args: argparse.Namespace, rng: np.random.Generator, mask: Image.Image | None = None
-) -> View:
+def draw_view(size: tuple[int, int], args, rng: np.random.Generator, mask: Image.Image | None = None) -> View:
     """Choose a part of a photograph of `size` (width, height) whose shorter side is resized to the resolution.
 
     With a mask, a part that shows at least half of the subject, if one of ten draws does.
@@ -1753,9 +1700,7 @@ def noise_generator(seed: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def batches(
-    examples: TrainingExamples, accelerator: Accelerator, args: argparse.Namespace, start: int
-) -> Iterator[dict]:
+def batches(examples: TrainingExamples, accelerator: Accelerator, args, start: int) -> Iterator[dict]:
     """Endless batches for this process, from its `start`-th on, each with a generator for each example's noise.
 
     Of each `num_processes` consecutive batches, a process takes one. The examples themselves do not depend on how they are
@@ -1788,9 +1733,8 @@ def mean_over_subject(errors: torch.Tensor, batch: dict, background: float | Non
         return errors.mean()
     m = F.adaptive_avg_pool2d(batch["mask"], errors.shape[-2:])
     w = m + background * (1 - m)
-    total = w.sum(dim=(1, 2, 3)).clamp(
-        min=torch.finfo(w.dtype).tiny
-    )  # zero where nothing of the subject is in the view
+    # The sum is zero where nothing of the subject is in the view.
+    total = w.sum(dim=(1, 2, 3)).clamp(min=torch.finfo(w.dtype).tiny)
     return ((w * errors).mean(dim=1).sum(dim=(1, 2)) / total).mean()
 
 
@@ -1881,9 +1825,7 @@ def in_tiles_if_needed(vae, work: Callable, x: torch.Tensor):
     except torch.cuda.OutOfMemoryError:
         if vae.use_tiling:
             raise
-    logger.warning(
-        "The device's memory is too small for the VAE at this --resolution: it works in tiles of 512 pixels."
-    )
+    logger.warning("The device's memory is too small for the VAE at this --resolution: it works in tiles of 512 px.")
     free_memory()
     vae.enable_tiling()
     if hasattr(vae, "tile_sample_min_size"):  # SDXL's are of 1024 pixels; SANA's are of 512
@@ -1896,9 +1838,7 @@ def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
     """Load a text encoder. Raises ValueError for missing weights, which transformers would initialize at random."""
     encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
     if info["missing_keys"]:  # transformers' major versions name some weights differently
-        raise ValueError(
-            f"{subfolder} lacks the weights {sorted(info['missing_keys'])[0]} ... (another version's file?)"
-        )
+        raise ValueError(f"{subfolder} lacks the weights {min(info['missing_keys'])} ... (another version's file?)")
     return encoder
 
 
@@ -2563,9 +2503,7 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
     if differs:
         raise UserError(f"{option}: {path} is of another run: {'; '.join(differs)}.")
     if checkpoint.step > args.max_train_steps:
-        raise UserError(
-            f"{option}: {path} is beyond --max_train_steps {args.max_train_steps}: give at least {checkpoint.step}."
-        )
+        raise UserError(f"{path} is beyond --max_train_steps {args.max_train_steps}: give at least {checkpoint.step}.")
     logger.info(f"Going on from {path}")
     return checkpoint
 
@@ -2599,28 +2537,20 @@ def check_sharing_options(model) -> None:
     args = model.args
     for name in ("hub_model_id", "hub_private_repo", "license"):
         if getattr(args, name) and not args.push_to_hub:
-            raise UserError(
-                f"--{name} says how to push and --push_to_hub is not given: add it, or leave --{name} out."
-            )
+            raise UserError(f"--{name} says how to push and --push_to_hub is not given: add it or leave --{name} out.")
     if not args.push_to_hub:
         return
     try:
         validate_repo_id(repository_name(args))
     except HFValidationError as error:
-        said = (
-            f"--hub_model_id {args.hub_model_id}" if args.hub_model_id else "--push_to_hub: the name of --output_dir"
-        )
+        said = f"--hub_model_id {args.hub_model_id}" if args.hub_model_id else "--push_to_hub: --output_dir's name"
         raise UserError(f"{said} cannot name a repository: {one_line(error)} Give a --hub_model_id.") from None
     folder = args.output_dir / "hub"
     if folder.exists() and not (folder / "training_options.json").is_file():  # no earlier push has left it
-        raise UserError(
-            f"--push_to_hub gathers its files in {folder}, which holds others: move them, or --output_dir."
-        )
+        raise UserError(f"--push_to_hub gathers its files in {folder}, which holds others: move them or --output_dir.")
     for path in model.hub_code.values():
         if not path.is_file():
-            raise UserError(
-                f"--push_to_hub uploads {path}, which is not there: take it from where this script is from."
-            )
+            raise UserError(f"--push_to_hub uploads {path}, which is missing: take it from where this script is from.")
 
 
 def one_line(error: Exception) -> str:
@@ -2663,10 +2593,7 @@ def open_repository(model) -> str:
     except Exception as error:  # huggingface_hub's versions have two HTTP libraries, whose errors have no common class
         raise UserError(f"--push_to_hub: {hub_problem(error, repository)}.") from None
     if args.hub_private_repo and not private:
-        raise UserError(
-            f"--hub_private_repo: {repository} exists and is public. Make it private in its settings, "
-            "or give another --hub_model_id."
-        )
+        raise UserError(f"--hub_private_repo: {repository} is public: make it private or give another --hub_model_id.")
     if verdict.status_code == 400:
         errors = "; ".join(error["message"] for error in verdict.json()["errors"])
         raise UserError(f"--license {args.license}: the Hub does not accept the model card: {errors}.")
@@ -3030,12 +2957,9 @@ def prepare_placeholder(model) -> tuple[int, list[int], list[torch.Tensor | None
         count = count or max(len(initializer_ids(tokenizer, args.initializer_token)) for tokenizer in tokenizers)
     if args.init_embedding is not None:
         warm_start = read_warm_start(model, args.init_embedding, text_widths(model))
-        if args.num_vectors not in (None, len(warm_start[0])):
-            found = len(warm_start[0])
-            raise UserError(
-                f"--num_vectors {args.num_vectors}, but --init_embedding has {found}: leave --num_vectors out."
-            )
         count = len(warm_start[0])
+        if args.num_vectors not in (None, count):
+            raise UserError(f"--num_vectors {args.num_vectors}, but --init_embedding has {count}: leave one out.")
     first_ids = [add_placeholder(model, tokenizer, args.placeholder_token, count) for tokenizer in tokenizers]
     for note in name_notes(model):
         logger.warning(note)
@@ -3119,9 +3043,7 @@ class Training:
         """Load the state of a checkpoint. Raises UserError if it is another model's."""
         for i, token in enumerate(self.tokens):
             if not torch.equal(checkpoint.tensors[f"start.{i}"], token.start.cpu()):
-                raise UserError(
-                    "--resume_from_checkpoint: the checkpoint began elsewhere, with another model or initializer."
-                )
+                raise UserError("--resume_from_checkpoint: it began elsewhere, with another model or initializer.")
             token.parameter.copy_(checkpoint.tensors[f"parameter.{i}"])
             state = {k.split(".", 2)[2]: x for k, x in checkpoint.tensors.items() if k.startswith(f"optimizer.{i}.")}
             self.optimizer.state[token.parameter] = {
@@ -3233,9 +3155,8 @@ def log(training: Training, step: int, learning_rate: float, progress: tqdm) -> 
     training.losses.clear()
     entry = training.history.add(step, loss, learning_rate, training.optimizer)
     training.accelerator.log(entry, step=step)
-    progress.set_postfix(
-        loss=f"{loss:.4f}", angle=f"{entry[f'{training.history.names[0]}/angle_to_initializer']:.1f}°"
-    )
+    degrees = entry[f"{training.history.names[0]}/angle_to_initializer"]
+    progress.set_postfix(loss=f"{loss:.4f}", angle=f"{degrees:.1f}°")
 
 
 def leave(accelerator: Accelerator, step: int, args: argparse.Namespace) -> None:

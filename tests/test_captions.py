@@ -215,15 +215,13 @@ def test_captions_without_the_new_word_say_how_to_put_it_in(photos):
     with pytest.raises(UserError) as caught:
         prompts(folder, initializer_token="dog")
     message = str(caught.value)
-    assert message.startswith(
-        f"{folder}/a.txt: the caption 'a Dog on grass' has neither {{}} nor '<new>' for the new word."
-    )
+    assert message.startswith(f"{folder}/a.txt: the caption 'a Dog on grass' has neither {{}} nor '<new>'.")
     command = message.partition("None has. Where they say 'dog', write {} instead, by: ")[2]
     subprocess.run(command, shell=True, check=True)
     made = prompts(folder, initializer_token="dog")
     assert made == [["a <new> on grass"], ["my <new>", "a <new>, asleep in a dog bed"], ["dogs and a <new>"]]
     (folder / "a.txt").write_text("a cat")  # some have the word: nothing general is wrong
-    with pytest.raises(UserError, match="a.txt: the caption 'a cat' has neither .* for the new word.$"):
+    with pytest.raises(UserError, match="a.txt: the caption 'a cat' has neither {} nor '<new>'.$"):
         prompts(folder, initializer_token="dog")
 
 
@@ -233,7 +231,7 @@ def test_metadata_without_the_new_word_says_so_too(photos):
         UserError, match="row 1: the caption 'a dog' has .*None has. Where they say 'dog', write {} instead$"
     ):
         prompts(folder, initializer_token="dog")
-    with pytest.raises(UserError, match="row 1: the caption 'a dog' has neither .* for the new word.$"):
+    with pytest.raises(UserError, match="row 1: the caption 'a dog' has neither {} nor '<new>'.$"):
         prompts(folder)
 
 
@@ -251,7 +249,7 @@ def test_a_data_set_s_captions(tmp_path, caplog):
     assert not warnings(caplog)
     assert len(prompts(None, **options | {"caption_column": None})[0]) > 20
     (warning,) = warnings(caplog)
-    assert "has captions that are not used: --caption_column text" in warning
+    assert "has captions that are unused: --caption_column text" in warning
     caplog.clear()
     prompts(None, **options | {"caption_column": None, "no_captions": True})
     assert not warnings(caplog)

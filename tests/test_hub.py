@@ -228,7 +228,7 @@ def test_what_the_hub_refuses_is_said_before_any_weight_loads(hub, job, run_case
             "the token may not write to someone/new .*--hub_model_id of an acc",
         ),
         (TOKEN, ["--hub_model_id", "someone/small-sdxl"], "the token may not write to someone/small-sdxl"),
-        (TOKEN, ["--hub_model_id", "public", "--hub_private_repo"], "--hub_private_repo: me/public exists and is pub"),
+        (TOKEN, ["--hub_model_id", "public", "--hub_private_repo"], "--hub_private_repo: me/public is public: make it"),
         (TOKEN, ["--license", "mine"], '--license mine: the Hub does not accept the model card: "license" must be'),
     ]
     results = run_cases([(token, job(*flags)) for token, flags, _ in cases])
@@ -278,7 +278,7 @@ def test_no_network_is_said_before_any_weight_loads(trainer, train, no_weights, 
     [
         ("--push_to_hub", {"hub_model_id": "me/my/dog"}, "--hub_model_id me/my/dog cannot name a repository"),
         ("--push_to_hub", {"hub_model_id": "me/my dog"}, "--hub_model_id me/my dog cannot name a repository"),
-        ("--push_to_hub", {"output_dir": "my dog"}, "the name of --output_dir cannot name .*'my dog'.*--hub_model_id"),
+        ("--push_to_hub", {"output_dir": "my dog"}, "--output_dir's name cannot name .*'my dog'.*--hub_model_id"),
         ("--hub_private_repo", {}, "--hub_private_repo .* --push_to_hub is not given"),
         ("", {"license": "mit"}, "--license .* --push_to_hub is not given"),
         ("", {"hub_model_id": "me/my-dog"}, "--hub_model_id .* --push_to_hub is not given"),
@@ -302,7 +302,7 @@ def test_a_folder_of_the_users_is_not_taken_for_an_earlier_pushs(trainer, train,
 
 def test_sharing_sana_needs_its_pipelines_file(train, options, monkeypatch, tmp_path):
     monkeypatch.setattr(train_dti_sana.Sana, "hub_code", {"pipeline.py": tmp_path / "nowhere.py"})
-    with pytest.raises(train_dti_sana.UserError, match="--push_to_hub uploads .*nowhere.py, which is not there"):
+    with pytest.raises(train_dti_sana.UserError, match="--push_to_hub uploads .*nowhere.py, which is missing"):
         train_dti_sana.main(options("--push_to_hub"))
 
 
