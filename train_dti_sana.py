@@ -66,7 +66,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -244,6 +244,7 @@ IDLE = {
         "",
     ),
     "dataloader_num_workers": (lambda args: args.cache_latents, "while latents are cached", "add --no_cache_latents"),
+    "variant": (lambda args: os.path.isfile(args.pretrained_model_name_or_path), "on a single file", ""),
     "revision": (lambda args: os.path.exists(args.pretrained_model_name_or_path), "on a local model", ""),
     "save_steps": (
         lambda args: args.save_steps >= args.max_train_steps,
@@ -580,17 +581,11 @@ def check_output_dir(folder: Path) -> None:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another.") from None
 
 
-# Copied from train_dti_sdxl.hub_options
-def hub_options(args: argparse.Namespace) -> dict:
-    return {"revision": args.revision, "token": args.hub_token}
-
-
 # Copied from train_dti_sdxl.hub_snapshot
 @functools.lru_cache
 def hub_snapshot(name: str, revision: str | None, token: str | None) -> Path:
     """The folder of the Hub's cache with a model's configurations and tokenizers, downloaded where they are not there."""
-    small = ["model_index.json", "*.json", "tokenizer*/*"]
-    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=small))
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "tokenizer*/*"]))
 
 
 # Copied from train_dti_sdxl.model_folder
@@ -602,7 +597,7 @@ def model_folder(model) -> Path:
     args, name = model.args, model.args.pretrained_model_name_or_path
     if os.path.isfile(name):
         name = args.single_file_config or model.single_file_base
-    return Path(name) if os.path.isdir(name) else hub_snapshot(name, **hub_options(args))
+    return Path(name) if os.path.isdir(name) else hub_snapshot(name, args.revision, args.hub_token)
 
 
 # Copied from train_dti_sdxl.fetch_weights
@@ -611,57 +606,38 @@ def fetch_weights(model) -> Path:
     args, name = model.args, model.args.pretrained_model_name_or_path
     if os.path.isdir(name):
         return Path(name)
-    unused = {part: None for part, value in getattr(model, "pipeline_options", {}).items() if value is None}
-    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args), **unused))
+    options = {part: None for part, value in getattr(model, "pipeline_options", {}).items() if value is None}  # unused
+    options |= {"variant": args.variant, "revision": args.revision, "token": args.hub_token}
+    return Path(DiffusionPipeline.download(name, **options))
 
 
 # Copied from train_dti_sdxl.part_variants
-def part_variants(names: list[str], part: str) -> set[str | None]:
+def part_variants(names: Iterable[str], part: str) -> set[str | None]:
     """The variants of a part's weights among the names of a model's files; None is the plain one."""
-    numbered = r"(-\d+-of-\d+)?"
-    pattern = (
-        rf"{part}/(diffusion_pytorch_)?(pytorch_)?model{numbered}(\.(?P<variant>[^.]+?))?{numbered}\.(safetensors|bin)"
-    )
+    shard = r"(-\d+-of-\d+)?"
+    pattern = rf"{part}/(diffusion_pytorch_|pytorch_)?model{shard}(\.(?P<variant>[^.]+?))?{shard}\.(safetensors|bin)"
     return {match["variant"] for match in (re.fullmatch(pattern, name) for name in names) if match}
-
-
-# Copied from train_dti_sdxl.file_names
-def file_names(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-
-
-# Copied from train_dti_sdxl.part_options
-def part_options(args: argparse.Namespace, folder: Path, part: str) -> dict:
-    """Where the part's weights are: in the variant if the part has it, else the plain ones, as a stock pipeline chooses."""
-    has = args.variant in part_variants(file_names(folder), part)
-    return {"subfolder": part, "variant": args.variant if has else None}
 
 
 # Copied from train_dti_sdxl.check_variant
 def check_variant(model, option: str) -> None:
     """Refuse a --variant that no part has, and weights that are there as variants only. Raises UserError."""
-    args, parts = model.args, ("vae", model.denoiser_name, *model.text_encoder_names)
-    if os.path.isfile(args.pretrained_model_name_or_path):
+    args, name = model.args, model.args.pretrained_model_name_or_path
+    if os.path.isfile(name):
         return
     folder = model_folder(model)
-    names = file_names(folder)
-    if not os.path.isdir(args.pretrained_model_name_or_path):
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    if not os.path.isdir(name):
         with contextlib.suppress(Exception):  # the library's and its HTTP client's; offline, the cache is all there is
-            names = HfApi(token=args.hub_token).list_repo_files(
-                args.pretrained_model_name_or_path, revision=args.revision
-            )
-    found = {part: part_variants(names, part) for part in parts}
+            names = HfApi(token=args.hub_token).list_repo_files(name, revision=args.revision)
+    found = {part: part_variants(names, part) for part in ("vae", model.denoiser_name, *model.text_encoder_names)}
     variants = sorted(set().union(*found.values()) - {None})
     if args.variant and args.variant not in variants and any(found.values()):
-        raise UserError(
-            f"--variant {args.variant}: {args.pretrained_model_name_or_path} has no such weights. It has"
-            f" {', '.join(variants) or 'no variants: leave it out'}."
-        )
+        others = ", ".join(variants) or "no variants: leave it out"
+        raise UserError(f"--variant {args.variant}: {name} has no such weights. It has {others}.")
     for part, has in found.items():
         if has and not has & {args.variant, None}:
-            raise UserError(
-                f"{option} has the weights of {part} only as {', '.join(sorted(has))}: give --variant {sorted(has)[0]}."
-            )
+            raise UserError(f"{option} has {part} only as {', '.join(sorted(has))}: give --variant {min(has)}.")
 
 
 # Copied from train_dti_sdxl.printed_options
@@ -670,13 +646,10 @@ def printed_options(args: argparse.Namespace, repository: str | None) -> str:
 
     Those in a `repository` on the Hub tell of a local folder only its name.
     """
-    if os.path.isfile(args.pretrained_model_name_or_path):
-        config = args.single_file_config
-        if repository and config and os.path.exists(config):
-            config = Path(config).resolve().name
-        return f", config={json.dumps(config)}" if config else ""
-    names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
-    given = {name: getattr(args, name) for name in names}
+    config = getattr(args, "single_file_config", None)
+    if repository and config and os.path.exists(config):
+        config = Path(config).resolve().name
+    given = {"config": config, "revision": args.revision, "variant": args.variant}
     return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
 
 
@@ -687,9 +660,8 @@ def missing_parts_as_user_errors(args: argparse.Namespace):
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
         name = args.pretrained_model_name_or_path
-        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
+        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {one_line(error)}") from None
 
 
 # Copied from train_dti_sdxl.check_model
@@ -707,8 +679,7 @@ def check_model(model) -> None:
         scheduler = model.scheduler_class.load_config(folder, subfolder="scheduler")
         prediction = scheduler.get("prediction_type")
     except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{option} cannot be read: {reason}") from None
+        raise UserError(f"{option} cannot be read: {one_line(error)}") from None
     if found != wanted:
         remedy = f": use {model.other_scripts[found]}" if found in model.other_scripts else ""
         raise UserError(f"{option} is a {found}; this script trains a {wanted}{remedy}.")
@@ -1413,8 +1384,7 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
     try:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", token=args.hub_token)
     except Exception as error:  # `datasets` raises many kinds, from its builders and from the network
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}") from None
+        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {one_line(error)}") from None
     wanted = {"image": args.image_column} | ({"caption": args.caption_column} if args.caption_column else {})
     for option, column in wanted.items():
         if column not in data.column_names:
@@ -1944,13 +1914,18 @@ def in_tiles_if_needed(vae, work: Callable, x: torch.Tensor):
     return work(x)
 
 
-# Copied from train_dti_sdxl.load_text_encoder
-def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
-    """Load a text encoder. Raises ValueError for missing weights, which transformers would initialize at random."""
-    encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
+# Copied from train_dti_sdxl.load_part
+def load_part(cls: type, folder: Path, name: str, args: argparse.Namespace, dtype: torch.dtype | str):
+    """Load a part of the model: its --variant if it has that, else the plain weights, as a stock pipeline chooses.
+
+    Raises ValueError for missing weights, which the libraries would initialize at random.
+    """
+    has = args.variant in part_variants((f"{name}/{file}" for file in os.listdir(folder / name)), name)
+    options = {"variant": args.variant if has else None, "torch_dtype": dtype, "output_loading_info": True}
+    part, info = cls.from_pretrained(folder, subfolder=name, **options)
     if info["missing_keys"]:  # transformers' major versions name some weights differently
-        raise ValueError(f"{subfolder} lacks the weights {min(info['missing_keys'])} ... (another version's file?)")
-    return encoder
+        raise ValueError(f"{name} lacks the weights {min(info['missing_keys'])} ... (another version's file?)")
+    return part
 
 
 class Sana:
@@ -2052,8 +2027,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
             transformer = self.denoiser_class.load_config(model_folder(self), subfolder=self.denoiser_name)
         if transformer.get("guidance_embeds"):
             raise UserError(
-                f"{option} is a distilled SANA (its transformer has guidance_embeds): train with the model that it was"
-                " distilled from."
+                f"{option} is a distilled SANA (with guidance_embeds): train with the one that it is from."
             )
 
     def load_tokenizers(self) -> None:
@@ -2071,16 +2045,10 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         with missing_parts_as_user_errors(args):
             folder = fetch_weights(self)
             scheduler = self.scheduler_class.from_pretrained(folder, subfolder="scheduler")
-            options = part_options(args, folder, "vae")
-            self.vae = self.vae_class.from_pretrained(folder, torch_dtype=torch.float32, **options)
-            options = part_options(args, folder, self.denoiser_name)
-            self.denoiser = self.denoiser_class.from_pretrained(
-                folder, torch_dtype=reading_dtype(args, dtype), **options
-            )
-            self.denoiser = to_base_precision(self.denoiser, args, dtype).to(dtype)
-            options = part_options(args, folder, "text_encoder")
-            encoder = load_text_encoder(Gemma2Model, folder, torch_dtype="auto", **options)
-            encoder = to_base_precision(encoder, args, dtype)
+            self.vae = load_part(self.vae_class, folder, "vae", args, torch.float32)
+            denoiser = load_part(self.denoiser_class, folder, self.denoiser_name, args, reading_dtype(args, dtype))
+            self.denoiser = to_base_precision(denoiser, args, dtype).to(dtype)
+            encoder = to_base_precision(load_part(Gemma2Model, folder, "text_encoder", args, "auto"), args, dtype)
         self.timesteps, self.sigmas, self.text_encoders = scheduler.timesteps, scheduler.sigmas, [encoder]
         encoder.config.use_cache = False  # Gemma-2 would build a key-value cache
         for part in (self.vae, self.denoiser, encoder):

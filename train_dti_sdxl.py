@@ -62,7 +62,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -93,6 +93,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.training_utils import cast_training_params, free_memory, offload_models
 from diffusers.utils import check_min_version
 from diffusers.utils.hub_utils import populate_model_card
@@ -229,6 +230,7 @@ IDLE = {
         "",
     ),
     "dataloader_num_workers": (lambda args: args.cache_latents, "while latents are cached", "add --no_cache_latents"),
+    "variant": (lambda args: os.path.isfile(args.pretrained_model_name_or_path), "on a single file", ""),
     "revision": (lambda args: os.path.exists(args.pretrained_model_name_or_path), "on a local model", ""),
     "save_steps": (
         lambda args: args.save_steps >= args.max_train_steps,
@@ -553,15 +555,10 @@ def check_output_dir(folder: Path) -> None:
         raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another.") from None
 
 
-def hub_options(args: argparse.Namespace) -> dict:
-    return {"revision": args.revision, "token": args.hub_token}
-
-
 @functools.lru_cache
 def hub_snapshot(name: str, revision: str | None, token: str | None) -> Path:
     """The folder of the Hub's cache with a model's configurations and tokenizers, downloaded where they are not there."""
-    small = ["model_index.json", "*.json", "tokenizer*/*"]
-    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=small))
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "tokenizer*/*"]))
 
 
 def model_folder(model) -> Path:
@@ -572,7 +569,7 @@ def model_folder(model) -> Path:
     args, name = model.args, model.args.pretrained_model_name_or_path
     if os.path.isfile(name):
         name = args.single_file_config or model.single_file_base
-    return Path(name) if os.path.isdir(name) else hub_snapshot(name, **hub_options(args))
+    return Path(name) if os.path.isdir(name) else hub_snapshot(name, args.revision, args.hub_token)
 
 
 def fetch_weights(model) -> Path:
@@ -580,53 +577,36 @@ def fetch_weights(model) -> Path:
     args, name = model.args, model.args.pretrained_model_name_or_path
     if os.path.isdir(name):
         return Path(name)
-    unused = {part: None for part, value in getattr(model, "pipeline_options", {}).items() if value is None}
-    return Path(DiffusionPipeline.download(name, variant=args.variant, **hub_options(args), **unused))
+    options = {part: None for part, value in getattr(model, "pipeline_options", {}).items() if value is None}  # unused
+    options |= {"variant": args.variant, "revision": args.revision, "token": args.hub_token}
+    return Path(DiffusionPipeline.download(name, **options))
 
 
-def part_variants(names: list[str], part: str) -> set[str | None]:
+def part_variants(names: Iterable[str], part: str) -> set[str | None]:
     """The variants of a part's weights among the names of a model's files; None is the plain one."""
-    numbered = r"(-\d+-of-\d+)?"
-    pattern = (
-        rf"{part}/(diffusion_pytorch_)?(pytorch_)?model{numbered}(\.(?P<variant>[^.]+?))?{numbered}\.(safetensors|bin)"
-    )
+    shard = r"(-\d+-of-\d+)?"
+    pattern = rf"{part}/(diffusion_pytorch_|pytorch_)?model{shard}(\.(?P<variant>[^.]+?))?{shard}\.(safetensors|bin)"
     return {match["variant"] for match in (re.fullmatch(pattern, name) for name in names) if match}
-
-
-def file_names(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-
-
-def part_options(args: argparse.Namespace, folder: Path, part: str) -> dict:
-    """Where the part's weights are: in the variant if the part has it, else the plain ones, as a stock pipeline chooses."""
-    has = args.variant in part_variants(file_names(folder), part)
-    return {"subfolder": part, "variant": args.variant if has else None}
 
 
 def check_variant(model, option: str) -> None:
     """Refuse a --variant that no part has, and weights that are there as variants only. Raises UserError."""
-    args, parts = model.args, ("vae", model.denoiser_name, *model.text_encoder_names)
-    if os.path.isfile(args.pretrained_model_name_or_path):
+    args, name = model.args, model.args.pretrained_model_name_or_path
+    if os.path.isfile(name):
         return
     folder = model_folder(model)
-    names = file_names(folder)
-    if not os.path.isdir(args.pretrained_model_name_or_path):
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    if not os.path.isdir(name):
         with contextlib.suppress(Exception):  # the library's and its HTTP client's; offline, the cache is all there is
-            names = HfApi(token=args.hub_token).list_repo_files(
-                args.pretrained_model_name_or_path, revision=args.revision
-            )
-    found = {part: part_variants(names, part) for part in parts}
+            names = HfApi(token=args.hub_token).list_repo_files(name, revision=args.revision)
+    found = {part: part_variants(names, part) for part in ("vae", model.denoiser_name, *model.text_encoder_names)}
     variants = sorted(set().union(*found.values()) - {None})
     if args.variant and args.variant not in variants and any(found.values()):
-        raise UserError(
-            f"--variant {args.variant}: {args.pretrained_model_name_or_path} has no such weights. It has"
-            f" {', '.join(variants) or 'no variants: leave it out'}."
-        )
+        others = ", ".join(variants) or "no variants: leave it out"
+        raise UserError(f"--variant {args.variant}: {name} has no such weights. It has {others}.")
     for part, has in found.items():
         if has and not has & {args.variant, None}:
-            raise UserError(
-                f"{option} has the weights of {part} only as {', '.join(sorted(has))}: give --variant {sorted(has)[0]}."
-            )
+            raise UserError(f"{option} has {part} only as {', '.join(sorted(has))}: give --variant {min(has)}.")
 
 
 def printed_options(args: argparse.Namespace, repository: str | None) -> str:
@@ -634,13 +614,10 @@ def printed_options(args: argparse.Namespace, repository: str | None) -> str:
 
     Those in a `repository` on the Hub tell of a local folder only its name.
     """
-    if os.path.isfile(args.pretrained_model_name_or_path):
-        config = args.single_file_config
-        if repository and config and os.path.exists(config):
-            config = Path(config).resolve().name
-        return f", config={json.dumps(config)}" if config else ""
-    names = ("variant",) if os.path.isdir(args.pretrained_model_name_or_path) else ("revision", "variant")
-    given = {name: getattr(args, name) for name in names}
+    config = getattr(args, "single_file_config", None)
+    if repository and config and os.path.exists(config):
+        config = Path(config).resolve().name
+    given = {"config": config, "revision": args.revision, "variant": args.variant}
     return "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value is not None)
 
 
@@ -650,9 +627,8 @@ def missing_parts_as_user_errors(args: argparse.Namespace):
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
         name = args.pretrained_model_name_or_path
-        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {reason}") from None
+        raise UserError(f"--pretrained_model_name_or_path {name} is not complete: {one_line(error)}") from None
 
 
 def check_model(model) -> None:
@@ -669,8 +645,7 @@ def check_model(model) -> None:
         scheduler = model.scheduler_class.load_config(folder, subfolder="scheduler")
         prediction = scheduler.get("prediction_type")
     except (OSError, ValueError, AttributeError) as error:  # the last where a file holds no table but a list
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{option} cannot be read: {reason}") from None
+        raise UserError(f"{option} cannot be read: {one_line(error)}") from None
     if found != wanted:
         remedy = f": use {model.other_scripts[found]}" if found in model.other_scripts else ""
         raise UserError(f"{option} is a {found}; this script trains a {wanted}{remedy}.")
@@ -1341,8 +1316,7 @@ def load_named_dataset(args: argparse.Namespace) -> Sequence[dict]:
     try:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split="train", token=args.hub_token)
     except Exception as error:  # `datasets` raises many kinds, from its builders and from the network
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}") from None
+        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {one_line(error)}") from None
     wanted = {"image": args.image_column} | ({"caption": args.caption_column} if args.caption_column else {})
     for option, column in wanted.items():
         if column not in data.column_names:
@@ -1834,12 +1808,17 @@ def in_tiles_if_needed(vae, work: Callable, x: torch.Tensor):
     return work(x)
 
 
-def load_text_encoder(cls: type, path: Path, subfolder: str, **options):
-    """Load a text encoder. Raises ValueError for missing weights, which transformers would initialize at random."""
-    encoder, info = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **options)
+def load_part(cls: type, folder: Path, name: str, args: argparse.Namespace, dtype: torch.dtype | str):
+    """Load a part of the model: its --variant if it has that, else the plain weights, as a stock pipeline chooses.
+
+    Raises ValueError for missing weights, which the libraries would initialize at random.
+    """
+    has = args.variant in part_variants((f"{name}/{file}" for file in os.listdir(folder / name)), name)
+    options = {"variant": args.variant if has else None, "torch_dtype": dtype, "output_loading_info": True}
+    part, info = cls.from_pretrained(folder, subfolder=name, **options)
     if info["missing_keys"]:  # transformers' major versions name some weights differently
-        raise ValueError(f"{subfolder} lacks the weights {min(info['missing_keys'])} ... (another version's file?)")
-    return encoder
+        raise ValueError(f"{name} lacks the weights {min(info['missing_keys'])} ... (another version's file?)")
+    return part
 
 
 class StableDiffusionXL:
@@ -1862,16 +1841,18 @@ class StableDiffusionXL:
     vae_class = AutoencoderKL
     scheduler_class = DDPMScheduler
     predictions = (None, "epsilon", "v_prediction")
-    idle_options = {}  # more of IDLE
+    # More of IDLE.
+    idle_options = {
+        "single_file_config": (
+            lambda args: not os.path.isfile(args.pretrained_model_name_or_path),
+            "without a file",
+            "",
+        )
+    }
     # Samplers of models that are trained as DDPM trains, with noise by a schedule of betas. Which of them a file names is
     # the same to the training; a sampler of another kind of model is not.
-    samplers = (
-        *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
-        *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "TCDScheduler"),
-        *("KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
-        *("DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"),
-        *("LCMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"),
-    )
+    samplers = {sampler.name for sampler in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
+    samplers |= {"LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"}
     single_file_base = "stabilityai/stable-diffusion-xl-base-1.0"  # what single files are configured as
     single_file_parts = {
         "model.diffusion_model.": "UNet",
@@ -1971,40 +1952,20 @@ The LoRA weights for these tools are [`{file}`]({url}).
 
     def check_single_file(self, option: str) -> None:
         """Refuse a file that is no whole SDXL checkpoint, by its header alone. Raises UserError."""
-        args = self.args
-        if self.single_file_base is None or not args.pretrained_model_name_or_path.endswith(".safetensors"):
-            kinds = "the folder of a whole pipeline in diffusers' format"
-            raise UserError(
-                f"{option} is a file: give {'a .safetensors file or ' * bool(self.single_file_base)}{kinds}."
-            )
-        for name in ("revision", "variant"):
-            if getattr(args, name) is not None:
-                raise UserError(
-                    f"--{name} {getattr(args, name)} chooses among files and a single one is given: leave it out."
-                )
+        if self.single_file_base is None or not self.args.pretrained_model_name_or_path.endswith(".safetensors"):
+            kinds = "a .safetensors file or " * bool(self.single_file_base) + "the folder of a pipeline"
+            raise UserError(f"{option} is a file: give {kinds} in diffusers' format.")
         shapes, _ = self.single_file_header()
-        missing = [
-            part
-            for prefix, part in self.single_file_parts.items()
-            if not any(key.startswith(prefix) for key in shapes)
-        ]
-        if missing:
-            raise UserError(
-                f"{option} has no {missing[0]} of SDXL's in it: give a whole checkpoint of SDXL or of its kin."
-            )
-        odd = [key for key in ("edm_mean", "edm_vpred.sigma_max") if key in shapes]
-        if odd:
-            raise UserError(
-                f"{option} is an EDM model (it has {odd[0]}), and this script trains with a schedule of betas."
-            )
+        for prefix, part in self.single_file_parts.items():
+            if not any(key.startswith(prefix) for key in shapes):
+                raise UserError(f"{option} has no {part} of SDXL's in it: give a whole checkpoint of SDXL or its kin.")
+        if shapes.keys() & {"edm_mean", "edm_vpred.sigma_max"}:
+            raise UserError(f"{option} is an EDM model, and this script trains with a schedule of betas.")
         if shapes.get("model.diffusion_model.input_blocks.0.0.weight", [0, 4])[1] != 4:
             raise UserError(f"{option} is an inpainting or editing model (its UNet sees more than the noisy latents).")
 
     def check_parts(self, option: str, scheduler: dict) -> None:
         """Refuse a model with another kind of noise or of UNet, from its configurations alone. Raises UserError."""
-        config = getattr(self.args, "single_file_config", None)
-        if config and not os.path.isfile(self.args.pretrained_model_name_or_path):
-            raise UserError(f"--single_file_config {config} is for a single file: leave it out.")
         name = scheduler.get("_class_name", self.scheduler_class.__name__)
         odd = [f"{k} {scheduler[k]}" for k in ("use_flow_sigmas", "sigma_data") if scheduler.get(k)]
         odd += ["timestep_type continuous"] * (scheduler.get("timestep_type") == "continuous")
@@ -2013,18 +1974,13 @@ The LoRA weights for these tools are [`{file}`]({url}).
             raise UserError(f"{option} is sampled by {what}: this script trains models with a schedule of betas.")
         options = {**scheduler, **self.schedule_options()}
         if options.get("rescale_betas_zero_snr") and options.get("prediction_type") != "v_prediction":
-            asked = (
-                "--rescale_betas_zero_snr" if self.args.rescale_betas_zero_snr else f"{option} rescales its betas and"
-            )
-            raise UserError(
-                f"{asked} needs a model that predicts velocities, for from noise alone no noise can be told: add"
-                " --prediction_type v_prediction if it does."
-            )
+            # From noise alone no noise can be told.
+            asked = "--rescale_betas_zero_snr" if self.args.rescale_betas_zero_snr else f"{option} rescales betas and"
+            raise UserError(f"{asked} needs v_prediction: add --prediction_type v_prediction if the model has it.")
         with missing_parts_as_user_errors(self.args):
             unet = self.denoiser_class.load_config(model_folder(self), subfolder=self.denoiser_name)
-        distilled = "time_cond_proj_dim"
-        if unet.get(distilled):  # a latent consistency model, which is told its guidance scale
-            raise UserError(f"{option} has a UNet with {distilled}: train with the model that it was distilled from.")
+        if unet.get("time_cond_proj_dim"):  # a latent consistency model, which is told its guidance scale
+            raise UserError(f"{option} has a UNet with time_cond_proj_dim: train with what it was distilled from.")
 
     def schedule_options(self) -> dict:
         """What the options, or the marks of a single file, say of the noise schedule, in the schedulers' own words."""
@@ -2042,9 +1998,8 @@ The LoRA weights for these tools are [`{file}`]({url}).
     def load_scheduler(self) -> DDPMScheduler:
         """The noise of the training: the schedule that the model's own sampler has, and what the options say of it."""
         config = self.scheduler_class.load_config(model_folder(self), subfolder="scheduler")
-        shipped = (
-            getattr(diffusers, config.get("_class_name", self.scheduler_class.__name__)).from_config(config).config
-        )
+        named = getattr(diffusers, config.get("_class_name", self.scheduler_class.__name__))
+        shipped = named.from_config(config).config
         # What a file leaves out is the default of the class that it names, and these differ.
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
         schedule = {name: shipped[name] for name in names if name in shipped}
@@ -2076,25 +2031,20 @@ The LoRA weights for these tools are [`{file}`]({url}).
         self.choose_pooling()
 
     def load_folder(self, folder: Path, dtype: torch.dtype) -> None:
-        args, options = self.args, part_options(self.args, folder, "vae")
-        # SDXL's VAE overflows in fp16.
-        self.vae = self.vae_class.from_pretrained(folder, torch_dtype=torch.float32, **options)
-        options = part_options(args, folder, self.denoiser_name)
-        denoiser = self.denoiser_class.from_pretrained(folder, torch_dtype=reading_dtype(args, dtype), **options)
+        args, self.text_encoders = self.args, []
+        self.vae = load_part(self.vae_class, folder, "vae", args, torch.float32)  # SDXL's overflows in fp16
+        denoiser = load_part(self.denoiser_class, folder, self.denoiser_name, args, reading_dtype(args, dtype))
         self.denoiser = to_base_precision(denoiser, args, dtype).to(dtype)
-        self.text_encoders = []
         for cls, name in zip(self.text_encoder_classes, self.text_encoder_names, strict=True):
-            options = part_options(args, folder, name)
-            encoder = load_text_encoder(cls, folder, torch_dtype=torch.float32, **options)
+            encoder = load_part(cls, folder, name, args, torch.float32)
             self.text_encoders.append(to_base_precision(encoder, args, dtype))
 
     def load_single_file(self, dtype: torch.dtype) -> None:
         """The same out of one file, by diffusers' conversion. Raises ValueError where weights are missing."""
         path, options = self.args.pretrained_model_name_or_path, {"config": str(model_folder(self))}
         self.vae = self.vae_class.from_single_file(path, subfolder="vae", torch_dtype=torch.float32, **options)
-        self.denoiser = self.denoiser_class.from_single_file(
-            path, subfolder=self.denoiser_name, torch_dtype=reading_dtype(self.args, dtype), **options
-        )
+        part = {"subfolder": self.denoiser_name, "torch_dtype": reading_dtype(self.args, dtype), **options}
+        self.denoiser = self.denoiser_class.from_single_file(path, **part)
         # Only the pipeline's loader converts text encoders; it takes the other parts as they are.
         parts = dict(zip(self.tokenizer_names, self.tokenizers, strict=True))
         parts |= {"vae": self.vae, self.denoiser_name: self.denoiser, **self.pipeline_options}

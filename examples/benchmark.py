@@ -381,25 +381,15 @@ def prepare_photographs(args: argparse.Namespace) -> Path:
 def random_weights(script, device: torch.device | None = None) -> Iterator[None]:
     """In this context the script's model gets random weights from the configurations instead of reading files."""
 
-    def diffusers_model(cls: type, place) -> Callable:
-        def build(path, subfolder, torch_dtype, **_):
-            model = construct(cls, cls.load_config(path, subfolder=subfolder), place, torch_dtype)
-            return model.to("cpu") if model.device.type == "cuda" else model  # where the script's loaders put them
-
-        return build
-
-    def text_encoder(cls: type, path, subfolder, torch_dtype, **_):
-        config = cls.config_class.from_pretrained(path, subfolder=subfolder)
-        model = construct(cls, config, device, torch.bfloat16 if torch_dtype == "auto" else torch_dtype)
-        return model.to("cpu") if device.type == "cuda" else model
+    def load_part(cls: type, folder: Path, name: str, _, dtype) -> torch.nn.Module:
+        in_diffusers = hasattr(cls, "load_config")
+        config = (cls.load_config if in_diffusers else cls.config_class.from_pretrained)(folder, subfolder=name)
+        place = "cpu" if cls is script.MODEL_CLASS.vae_class else device
+        part = construct(cls, config, place, torch.bfloat16 if dtype == "auto" else dtype)
+        return part.to("cpu") if device.type == "cuda" else part  # where the script's loaders put them
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    denoiser, vae = script.MODEL_CLASS.denoiser_class, script.MODEL_CLASS.vae_class
-    with (
-        mock.patch.object(denoiser, "from_pretrained", diffusers_model(denoiser, device)),
-        mock.patch.object(vae, "from_pretrained", diffusers_model(vae, "cpu")),
-        mock.patch.object(script, "load_text_encoder", text_encoder),
-    ):
+    with mock.patch.object(script, "load_part", load_part):
         yield
 
 

@@ -228,7 +228,11 @@ def test_what_the_hub_refuses_is_said_before_any_weight_loads(hub, job, run_case
             "the token may not write to someone/new .*--hub_model_id of an acc",
         ),
         (TOKEN, ["--hub_model_id", "someone/small-sdxl"], "the token may not write to someone/small-sdxl"),
-        (TOKEN, ["--hub_model_id", "public", "--hub_private_repo"], "--hub_private_repo: me/public is public: make it"),
+        (
+            TOKEN,
+            ["--hub_model_id", "public", "--hub_private_repo"],
+            "--hub_private_repo: me/public is public: make it",
+        ),
         (TOKEN, ["--license", "mine"], '--license mine: the Hub does not accept the model card: "license" must be'),
     ]
     results = run_cases([(token, job(*flags)) for token, flags, _ in cases])

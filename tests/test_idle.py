@@ -13,14 +13,14 @@ import train_dti_sdxl as script
 ALWAYS = {
     "act in every run": """preset learning_rate kappa magnitude optimizer reg_weight placeholder_token initializer_token
         rank random_flip center_crop cache_latents no_cache_latents resolution instance_data_dir train_data_dir
-        pretrained_model_name_or_path variant mixed_precision base_precision prediction_type
+        pretrained_model_name_or_path mixed_precision base_precision prediction_type
         rescale_betas_zero_snr allow_tf32 gradient_checkpointing compile config output_dir
         seed max_train_steps train_batch_size gradient_accumulation_steps lr_scheduler checkpointing_steps
         checkpoints_total_limit resume_from_checkpoint validation_prompt logging_steps report_to push_to_hub pooling
         max_sequence_length complex_human_instruction weighting_scheme""",
     "are refused by check_options, or what they need is": """scale_lr num_vectors init_embedding dataset_name
         caption_column caption_extension no_captions prompt_templates mask_dir alpha_mask mask_background hub_model_id
-        hub_private_repo license single_file_config""",
+        hub_private_repo license""",
     "are no setting: a token that nothing asks for does no harm": "hub_token",
 }
 
