@@ -642,10 +642,7 @@ def check_variant(model, option: str) -> None:
 
 # Copied from train_dti_sdxl.printed_options
 def printed_options(args: argparse.Namespace, repository: str | None) -> str:
-    """What printed lines give the loader besides the model, so that it loads the one that was trained with.
-
-    Those in a `repository` on the Hub tell of a local folder only its name.
-    """
+    """What printed lines give the loader besides the model; of a local folder, for a `repository`, only its name."""
     config = getattr(args, "single_file_config", None)
     if repository and config and os.path.exists(config):
         config = Path(config).resolve().name
@@ -929,10 +926,7 @@ def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int) -> int
 
 # Copied from train_dti_sdxl.vocabulary_magnitude
 def vocabulary_magnitude(vocabulary: torch.Tensor, rule: str | float) -> float | None:
-    """m* of a vocabulary matrix (V, d) by the rule of --magnitude, from its rows' norms without the zero ones.
-
-    None where it is free.
-    """
+    """m* by --magnitude, from the norms of a vocabulary's (V, d) rows without the zero ones; None where it is free."""
     if rule == "free":
         return None
     if not isinstance(rule, str):
@@ -953,15 +947,6 @@ def initial_embedding(encoder, tokenizer, initializer: str, init: str) -> torch.
     hidden = encoder(prompt, output_hidden_states=True).last_hidden_state[0]
     first = prompt[0].tolist().index(ids[0].item())
     return hidden[first : first + len(ids)].float()
-
-
-# Copied from train_dti_sdxl.text_widths
-def text_widths(model) -> list[int]:
-    """Embedding width of each text encoder, from its configuration alone."""
-    with missing_parts_as_user_errors(model.args):
-        folder = model_folder(model)
-        configs = [AutoConfig.from_pretrained(folder, subfolder=name) for name in model.text_encoder_names]
-    return [config.hidden_size for config in configs]
 
 
 # Copied from train_dti_sdxl.read_warm_start
@@ -1085,12 +1070,6 @@ class Adapters:
                 self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
 
 
-# Copied from train_dti_sdxl.seed_dropout
-def seed_dropout(generators: list[torch.Generator]) -> None:
-    """Seed LoRA's dropout, which draws from torch's own generator, from the batch: a resumed run repeats it."""
-    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generators[0])))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Data: photographs, prompts, and which of them each step sees
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1167,10 +1146,7 @@ def read_templates(path: Path) -> list[str]:
 
 # Copied from train_dti_sdxl.find_images
 def find_images(folder: Path, option: str = "--instance_data_dir", captions: tuple = CAPTION_EXTENSIONS) -> list[Path]:
-    """Image files of a folder, sorted by name, without its subfolders. Raises UserError.
-
-    Logs which other files are left out, except those that may be captions.
-    """
+    """Image files of a folder, sorted by name, without its subfolders. Raises UserError."""
     if not os.path.isdir(folder):  # unlike Path.is_dir, False also without permission to look
         problem = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise UserError(f"{option} {folder} {problem}: give a folder of images.")
@@ -1193,9 +1169,8 @@ def find_images(folder: Path, option: str = "--instance_data_dir", captions: tup
 def readable_images(paths: list[Path], said: str) -> list[Path]:
     """The images whose format can be read. Warns about the others. Raises UserError if none is left."""
     missing = {path: kind for path in paths if (kind := missing_format({"path": path, "bytes": None}))}
-    problem = "; ".join(
-        f"reading {kind} needs `pip install '{ADDED_FORMATS[kind][2]}'`" for kind in dict.fromkeys(missing.values())
-    )
+    packages = {kind: ADDED_FORMATS[kind][2] for kind in missing.values()}
+    problem = "; ".join(f"reading {kind} needs `pip install '{package}'`" for kind, package in packages.items())
     if len(missing) == len(paths):
         raise UserError(f"{said} holds only images in formats that are not installed: {problem}.")
     if missing:
@@ -1233,10 +1208,7 @@ def same_name(name: str) -> str:
 
 # Copied from train_dti_sdxl.read_captions
 def read_captions(images: list[Path], args: argparse.Namespace) -> list[Caption] | None:
-    """Each image's caption, from the folder's metadata file or from files beside the images; None without captions.
-
-    Warns about captions that are not used. Raises UserError.
-    """
+    """Each image's caption, by the metadata file or files beside the images; None without any. Raises UserError."""
     if args.no_captions:
         return None
     folder = args.instance_data_dir
@@ -1440,11 +1412,8 @@ def why_unreadable(error: Exception, record: dict) -> str:
 
 # Copied from train_dti_sdxl.to_srgb
 def to_srgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert any mode to RGB in sRGB's colours: transparency over white, 16 bits scaled to 8.
-
-    Raises UserError for floating-point pixels, whose white is not defined.
-    """
-    if image.mode == "F":  # Pillow's conversion would take 1.0 for almost black
+    """Convert any mode to RGB in sRGB's colours: transparency over white, 16 bits scaled to 8. Raises UserError."""
+    if image.mode == "F":  # their white is not defined; Pillow's conversion would take 1.0 for almost black
         raise UserError(f"{name} has floating-point pixels, which are not read: save it with 8 or 16 bits.")
     profile = image.info.get("icc_profile")
     if not profile and (colours := colours_without_profile(image)):
@@ -2117,8 +2086,8 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         # x_t = (1 - sigma) x + sigma noise, target = noise - x
         noisy = (1 - sigmas) * latents + sigmas * noise
 
-        if self.denoiser.training:
-            seed_dropout(batch["generators"])
+        if self.denoiser.training:  # LoRA's dropout draws from torch's own generator: a resumed run repeats it
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=batch["generators"][0])))
         # Compiled blocks want one shape: other lengths would compile them anew.
         padding = "max_length" if self.args.compile else "longest"
         prompt_embeds, mask = self.encode_prompts(batch["prompt"], padding)
@@ -2301,16 +2270,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     write_file(path, save(tensors, metadata={"format": "pt", **metadata, "modelspec.hash_sha256": f"0x{digest}"}))
 
 
-# Copied from train_dti_sdxl.save_embeddings
-def save_embeddings(model, metadata: dict[str, str], suffix: str = "") -> None:
-    """Write each encoder's (n, d) float32 embeddings to a file for diffusers, and all of them to one for the web tools."""
-    args, rows = model.args, [token.embedding().detach().cpu().clone() for token in model.tokens]
-    for name, embedding in zip(model.embedding_files, rows, strict=True):
-        save_tensors({args.placeholder_token: embedding}, args.output_dir / f"{name}{suffix}.safetensors", metadata)
-    web_file = args.output_dir / f"{web_name(args.placeholder_token)}{suffix}.safetensors"
-    save_tensors(dict(zip(model.web_keys, rows, strict=True)), web_file, metadata)
-
-
 # Copied from train_dti_sdxl.to_kohya
 def to_kohya(state: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
     """PEFT's LoRA weights of a denoiser, `down_blocks.1.[...].lora_A.weight`, in the naming of kohya's scripts.
@@ -2352,13 +2311,21 @@ def save_adapters(model, metadata: dict[str, str], suffix: str = "") -> None:
 
 # Copied from train_dti_sdxl.save_result
 def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> None:
-    """Write the embeddings, and the adapters if there are any; otherwise remove those of an earlier run."""
-    save_embeddings(model, file_metadata(model, step, about), suffix)
-    if model.args.rank:
+    """Write each encoder's (n, d) float32 embeddings to a file for diffusers, and all of them to one for the web tools.
+
+    With adapters, write those too; otherwise remove those of an earlier run.
+    """
+    args, metadata, word = model.args, file_metadata(model, step, about), web_name(model.args.placeholder_token)
+    rows = [token.embedding().detach().cpu().clone() for token in model.tokens]
+    for name, embedding in zip(model.embedding_files, rows, strict=True):
+        save_tensors({args.placeholder_token: embedding}, args.output_dir / f"{name}{suffix}.safetensors", metadata)
+    web_file = args.output_dir / f"{word}{suffix}.safetensors"
+    save_tensors(dict(zip(model.web_keys, rows, strict=True)), web_file, metadata)
+    if args.rank:
         save_adapters(model, file_metadata(model, step, about, lora=True), suffix)
     elif not suffix:
-        for name in (LORA_FILE, f"{web_name(model.args.placeholder_token)}-lora.safetensors"):
-            (model.args.output_dir / name).unlink(missing_ok=True)
+        for name in (LORA_FILE, f"{word}-lora.safetensors"):
+            (args.output_dir / name).unlink(missing_ok=True)
 
 
 # Copied from train_dti_sdxl.save_options
@@ -2414,10 +2381,7 @@ def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 # Copied from train_dti_sdxl.find_checkpoints
 def find_checkpoints(output_dir: Path) -> list[tuple[Path, Checkpoint]]:
-    """The intact checkpoints of a folder, the last written first (the highest step may be an older run's).
-
-    Incomplete or damaged ones are skipped with a warning.
-    """
+    """The intact checkpoints of a folder, the last written first (the highest step may be an older run's)."""
     sound = []
     for folder in filter(Path.is_dir, output_dir.glob("checkpoint-*")):
         try:
@@ -2450,11 +2414,8 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
     identity = run_identity(args, num_vectors, args.seed)
     if args.seed is None:
         identity.pop("seed")  # the checkpoint's is taken
-    differs = [
-        f"{k} {checkpoint.state['identity'].get(k)!r}, not {v!r}"
-        for k, v in identity.items()
-        if v != checkpoint.state["identity"].get(k)
-    ]
+    saved = checkpoint.state["identity"]
+    differs = [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in identity.items() if v != saved.get(k)]
     if differs:
         raise UserError(f"{option}: {path} is of another run: {'; '.join(differs)}.")
     if checkpoint.step > args.max_train_steps:
@@ -2463,15 +2424,9 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
     return checkpoint
 
 
-# Copied from train_dti_sdxl.share_checkpoint
-def share_checkpoint(args: argparse.Namespace, num_vectors: int, accelerator: Accelerator) -> Checkpoint | None:
-    """The first process's checkpoint for all: each machine has a disk of its own. Raises UserError in every process."""
-    return from_first(lambda: choose_checkpoint(args, num_vectors), accelerator)
-
-
 # Copied from train_dti_sdxl.from_first
 def from_first(decide: Callable, accelerator: Accelerator):
-    """What `decide` returns in the first process, or the UserError that it raises there, for every process."""
+    """What `decide` returns in the first process, or its UserError, for all: each machine has a disk of its own."""
     outcome = [None]
     if accelerator.is_main_process:
         try:
@@ -2484,12 +2439,6 @@ def from_first(decide: Callable, accelerator: Accelerator):
     return outcome[0]
 
 
-# Copied from train_dti_sdxl.repository_name
-def repository_name(args: argparse.Namespace) -> str:
-    """What to upload to: my-name/my-dog, or my-dog in the account of the token."""
-    return args.hub_model_id or args.output_dir.resolve().name
-
-
 # Copied from train_dti_sdxl.check_sharing_options
 def check_sharing_options(model) -> None:
     """Check the options on sharing, without asking the Hub. Raises UserError."""
@@ -2500,7 +2449,7 @@ def check_sharing_options(model) -> None:
     if not args.push_to_hub:
         return
     try:
-        validate_repo_id(repository_name(args))
+        validate_repo_id(args.hub_model_id or args.output_dir.resolve().name)
     except HFValidationError as error:
         said = f"--hub_model_id {args.hub_model_id}" if args.hub_model_id else "--push_to_hub: --output_dir's name"
         raise UserError(f"{said} cannot name a repository: {one_line(error)} Give a --hub_model_id.") from None
@@ -2540,8 +2489,8 @@ def hub_problem(error: Exception, repository: str) -> str:
 # Copied from train_dti_sdxl.open_repository
 def open_repository(model) -> str:
     """Log in, create the repository unless it exists, and check that it is writable. Returns its id. Raises UserError."""
-    args = model.args
-    api, repository = HfApi(token=args.hub_token), repository_name(args)
+    args, api = model.args, HfApi(token=model.args.hub_token)
+    repository = args.hub_model_id or args.output_dir.resolve().name  # without an account, the token's
     try:
         account = api.whoami()["name"]
         repository = repository if "/" in repository else f"{account}/{repository}"
@@ -2560,12 +2509,6 @@ def open_repository(model) -> str:
         errors = "; ".join(error["message"] for error in verdict.json()["errors"])
         raise UserError(f"--license {args.license}: the Hub does not accept the model card: {errors}.")
     return repository
-
-
-# Copied from train_dti_sdxl.prepare_repository
-def prepare_repository(model, accelerator: Accelerator) -> str | None:
-    """Settle where to push, if at all, before the training. Raises UserError in every process."""
-    return from_first(lambda: open_repository(model) if model.args.push_to_hub else None, accelerator)
 
 
 # Copied from train_dti_sdxl.base_model
@@ -2591,16 +2534,6 @@ def card_data(model, widget: list[dict] | None = None) -> ModelCardData:
     )
 
 
-# Copied from train_dti_sdxl.other_tools
-def other_tools(model, repository: str) -> str:
-    """The card's section on the web tools: where each file goes, and how to write the word."""
-    name, texts = web_name(model.args.placeholder_token), []
-    for text, stem in [(model.web_use, name)] + [(model.web_lora_use, f"{name}-lora")] * bool(model.args.rank):
-        url = f"https://huggingface.co/{repository}/resolve/main/{quote(stem)}.safetensors"
-        texts.append(text.format(name=stem, file=f"{stem}.safetensors", url=url))
-    return "".join([*texts, model.web_note])
-
-
 # Copied from train_dti_sdxl.model_card
 def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> ModelCard:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
@@ -2611,10 +2544,12 @@ def model_card(model, repository: str, widget: list[dict], derived: dict, snippe
         kind = f", a file of {base}'s kind" if data.base_model else ""
         base = f"`{model_name(args)}`{kind}"
         hint = f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
-    details = {
-        k: derived[k] for k in ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
-    }
-    details |= {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
+    other_tools = ""
+    for use, stem in [(model.web_use, name)] + [(model.web_lora_use, f"{name}-lora")] * bool(args.rank):
+        url = f"https://huggingface.co/{repository}/resolve/main/{quote(stem)}.safetensors"
+        other_tools += use.format(name=stem, file=f"{stem}.safetensors", url=url)
+    names = ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
+    details = {k: derived[k] for k in names} | {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
     table = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in details.items())
     lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""
     text = f"""{"<Gallery />" if widget else ""}
@@ -2637,7 +2572,7 @@ Write `{args.placeholder_token}` where the prompt names the subject.
 {hint}
 ## Use it in other tools
 
-{other_tools(model, repository)}
+{other_tools}{model.web_note}
 ## Training
 
 | | |
@@ -2651,24 +2586,18 @@ All options are in [training_options.json](training_options.json), the curves in
     return populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
 
 
-# Copied from train_dti_sdxl.shareable_options
-def shareable_options(args: argparse.Namespace) -> str:
-    """training_options.json with every path reduced to its last part, so that local folders stay private."""
-    content = json.loads((args.output_dir / "training_options.json").read_text(encoding="utf-8"))
-    for name, value in content["options"].items():
-        if isinstance(value, str) and (isinstance(getattr(args, name), Path) or os.path.exists(value)):
-            content["options"][name] = os.path.basename(os.path.abspath(value))
-    return json.dumps(content, indent=2) + "\n"
-
-
 # Copied from train_dti_sdxl.fill_hub_folder
 def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> Path:
     """Put into --output_dir/hub exactly what is uploaded."""
     args, folder = model.args, model.args.output_dir / "hub"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "samples").mkdir(parents=True)
+    content = json.loads((args.output_dir / "training_options.json").read_text(encoding="utf-8"))
+    for name, value in content["options"].items():  # of a path only the last part, so that local folders stay private
+        if isinstance(value, str) and (isinstance(getattr(args, name), Path) or os.path.exists(value)):
+            content["options"][name] = os.path.basename(os.path.abspath(value))
     # First, for check_sharing_options knows by it that the folder is a push's, also of one that was killed on the way.
-    (folder / "training_options.json").write_text(shareable_options(args), encoding="utf-8")
+    (folder / "training_options.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     names = [f"{name}.safetensors" for name in (*model.embedding_files, web_name(args.placeholder_token))]
     names += [LORA_FILE, f"{web_name(args.placeholder_token)}-lora.safetensors"] * bool(args.rank)
     names += ["training_curves.png"]
@@ -2687,10 +2616,7 @@ def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image
 
 # Copied from train_dti_sdxl.share
 def share(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> None:
-    """Upload embedding, card, samples and options in one commit that replaces the earlier ones. Raises UserError.
-
-    `rows` are the last validation's pictures, by prompt.
-    """
+    """Upload embedding, card, options and pictures in one commit that replaces the earlier ones. Raises UserError."""
     args, api = model.args, HfApi(token=model.args.hub_token)
     try:
         folder = fill_hub_folder(model, repository, derived, rows, snippet)
@@ -2729,11 +2655,9 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
 @torch.no_grad()
 def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list[Image.Image]]:
     """Sample every validation prompt. Returns each prompt's images; writes validation-<step>.png and to the tracker."""
-    args, dropout = model.args, model.denoiser.training
-    negative = args.validation_negative_prompt and args.validation_negative_prompt.replace(
-        "{}", args.placeholder_token
-    )
-    others = (model.denoiser, *model.text_encoders)
+    args, dropout, others = model.args, model.denoiser.training, (model.denoiser, *model.text_encoders)
+    negative = args.validation_negative_prompt
+    negative = negative and negative.replace("{}", args.placeholder_token)
     model.denoiser.eval()
     latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
     model.denoiser.train(dropout)
@@ -2937,7 +2861,10 @@ def prepare_placeholder(model) -> tuple[int, list[int], list[torch.Tensor | None
     if args.initializer_token is not None:
         count = count or max(len(initializer_ids(tokenizer, args.initializer_token)) for tokenizer in tokenizers)
     if args.init_embedding is not None:
-        warm_start = read_warm_start(model, args.init_embedding, text_widths(model))
+        with missing_parts_as_user_errors(args):
+            folder = model_folder(model)
+            configs = [AutoConfig.from_pretrained(folder, subfolder=name) for name in model.text_encoder_names]
+        warm_start = read_warm_start(model, args.init_embedding, [config.hidden_size for config in configs])
         count = len(warm_start[0])
         if args.num_vectors not in (None, count):
             raise UserError(f"--num_vectors {args.num_vectors}, but --init_embedding has {count}: leave one out.")
@@ -3008,12 +2935,10 @@ class Training:
             tensors |= {f"optimizer.{i}.{name}": x for name, x in self.optimizer.state[token.parameter].items()}
         tensors |= self.adapters.tensors() if self.adapters else {}
         tensors["losses"] = self.mean_losses()
-        schedule = {
-            k: v for k, v in self.lr_scheduler.state_dict().items() if k in ("last_epoch", "_step_count", "_last_lr")
-        }
+        schedule = self.lr_scheduler.state_dict()
         state = {
             "identity": identity,
-            "lr_scheduler": schedule,
+            "lr_scheduler": {name: schedule[name] for name in ("last_epoch", "_step_count", "_last_lr")},
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "overflows": int(self.overflows),
             "entries": self.history.entries,
@@ -3028,10 +2953,11 @@ class Training:
             if not torch.equal(checkpoint.tensors[f"start.{i}"], token.start.cpu()):
                 raise UserError("--resume_from_checkpoint: it began elsewhere, with another model or initializer.")
             token.parameter.copy_(checkpoint.tensors[f"parameter.{i}"])
-            state = {k.split(".", 2)[2]: x for k, x in checkpoint.tensors.items() if k.startswith(f"optimizer.{i}.")}
-            self.optimizer.state[token.parameter] = {
-                k: x if k == "step" else x.to(token.start.device) for k, x in state.items()
-            }
+            state, device = self.optimizer.state[token.parameter], token.start.device
+            for name, x in checkpoint.tensors.items():
+                if name.startswith(f"optimizer.{i}."):
+                    key = name.split(".", 2)[2]
+                    state[key] = x if key == "step" else x.to(device)
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **checkpoint.state["lr_scheduler"]})
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -3181,8 +3107,8 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     check_prompts(model, prompts, num_vectors)
     check_images(photographs, args.resolution)
     check_masks(photographs, args)
-    repository = prepare_repository(model, accelerator)
-    checkpoint = share_checkpoint(args, num_vectors, accelerator)
+    repository = from_first(lambda: open_repository(model), accelerator) if args.push_to_hub else None
+    checkpoint = from_first(lambda: choose_checkpoint(args, num_vectors), accelerator)
     seed = choose_seed(args, checkpoint)
 
     # The model, frozen. While the photographs are encoded, the VAE is alone on the device.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from kill_test import results
+from transformers import AutoConfig
 
 import train_dti_sana
 import train_dti_sdxl
@@ -234,5 +235,6 @@ def test_full_size_folders_are_what_the_scripts_read(model, script, tmp_path):
     script.prepare_placeholder(loaded)
     ids = loaded.tokenizers[0]("a snapshot of a <my-pot>").input_ids
     assert len(ids) == 7  # SDXL's have an end token, Gemma's a space of its own before the new word
-    assert script.text_widths(loaded) == ([768, 1280] if model == "sdxl" else [2304])
+    configs = [AutoConfig.from_pretrained(folder / name) for name in loaded.text_encoder_names]
+    assert [config.hidden_size for config in configs] == ([768, 1280] if model == "sdxl" else [2304])
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 1e6

@@ -34,7 +34,7 @@ def test_a_run_ends_well_and_shares(trainer, kind, options, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "stdout", output)
     monkeypatch.setattr(sys, "stderr", Closed() if kind == "closed" else terminal(kind))
     monkeypatch.setattr(trainer.interruption, "listen", lambda: None)
-    monkeypatch.setattr(trainer, "prepare_repository", lambda args, accelerator: "me/pot")
+    monkeypatch.setattr(trainer, "open_repository", lambda model: "me/pot")
     monkeypatch.setattr(trainer, "share", lambda *args: shared.append(print("Uploaded: ✓")))
     shown = {
         "validation_prompt": "a photo of a {} → left",
@@ -42,7 +42,9 @@ def test_a_run_ends_well_and_shares(trainer, kind, options, tmp_path, monkeypatc
         "validation_inference_steps": 1,
         "max_train_steps": 2,
     }
-    argv = options(placeholder_token="<茶壺>", output_dir=tmp_path / "茶壺", **shown)
+    argv = options(
+        "--push_to_hub", "--hub_model_id", "me/pot", placeholder_token="<茶壺>", output_dir=tmp_path / "茶壺", **shown
+    )
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer.run(trainer.MODEL_CLASS)
