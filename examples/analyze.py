@@ -250,7 +250,7 @@ def hidden_states(encoder: TextEncoder, prefix: list[int], embeddings: torch.Ten
     hooks.append(encoder.layers[0].register_forward_pre_hook(before, with_kwargs=True))
     hooks += [layer.register_forward_hook(after) for layer in encoder.layers]
     ids = torch.tensor([[*prefix, prefix[0]]], device=embeddings.device).expand(len(embeddings), -1)
-    options = {} if encoder.positions is not None else {"use_cache": False}
+    options = {"use_cache": False} if encoder.model.config.model_type.startswith("gemma") else {}
     try:
         encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     finally:
