@@ -286,7 +286,7 @@ def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentPa
     add("--caption_column", default=None, help="Column that holds the captions. Default: `text` of a folder's metadata file; no captions for --dataset_name.")
     add("--caption_extension", type=extension, default=None, help="Ending of the files with captions, each named as its photograph. Default: .txt or else .caption, where there is no metadata file.")
     add("--no_captions", **SWITCH, help="Train with the prompt templates though there are captions.")
-    add("--learnable_property", choices=["object", "style"], default="object", help="Which of the built-in prompt templates to train with where there are no captions.")
+    add("--learnable_property", choices=["object", "style", "face"], default="object", help="Which of the built-in prompt templates to train with where there are no captions. face: of a person.")
     add("--prompt_templates", type=Path, default=None, help="File of prompt templates, one a line, with {} for the new word, instead of the built-in ones.")
     add("--mask_dir", type=Path, default=None, help="Folder with a mask for each photograph, of the same name, the subject white: the loss counts the subject.")
     add("--alpha_mask", **SWITCH, help="Take the photographs' own alpha channels for masks.")
@@ -1057,6 +1057,14 @@ a cropped picture in the style of the {} | a fine picture in the {} style | a qu
 a composition in the style of my {} | an image in the style of a {} | a work in the style of the {}
 """
 
+FACE_TEMPLATES = """
+a photo of a {} | a photo of the {} | a photo of my {} | a portrait of a {} | a portrait of the {} | a portrait of my {}
+a close-up portrait of a {} | a close-up of the {} | a headshot of a {} | a headshot of my {} | a snapshot of the {}
+a picture of a {} | a picture of my {} | a photograph showing the {} | a cropped photo of a {} | a sharp photo of the {}
+a blurry photo of a {} | a dim photo of the {} | a well lit photo of my {} | a studio portrait of a {} | the face of a {}
+the face of the {} | an everyday photo of my {} | a colour photo of a {} | an amateur photo of the {}
+"""
+
 
 def widen_pillow() -> None:
     """Let Pillow read the formats for which a package is installed, and files larger than its safety limits."""
@@ -1074,7 +1082,7 @@ widen_pillow()
 
 
 def built_in_templates(learnable_property: str) -> list[str]:
-    text = STYLE_TEMPLATES if learnable_property == "style" else OBJECT_TEMPLATES
+    text = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES, "face": FACE_TEMPLATES}[learnable_property]
     return [template.strip() for line in text.strip().splitlines() for template in line.split("|")]
 
 
@@ -1466,13 +1474,15 @@ def check_mask(mask: Image.Image, size: tuple[int, int], name: str) -> None:
 
 def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> list[list[str]]:
     """For each photograph the prompts that it may be trained with: its caption, or all templates. Raises UserError."""
+    path, kind = args.prompt_templates, args.learnable_property
     if "caption" not in photographs[0]:
-        path, kind = args.prompt_templates, args.learnable_property
         templates = read_templates(path) if path else built_in_templates(kind)
         prompts = [template.replace("{}", args.placeholder_token) for template in templates]
         return [prompts] * len(photographs)
-    if args.learnable_property == "style":
-        raise UserError("--learnable_property style has no effect with captions: add --no_captions, or leave it out.")
+    if kind != "object":
+        raise UserError(
+            f"--learnable_property {kind} has no effect with captions: add --no_captions, or leave it out."
+        )
     rows, place = enumerate(photographs, 1), f"--dataset_name {args.dataset_name}, row"
     captions = [Caption(row["caption"], row.get("source") or f"{place} {number}") for number, row in rows]
     lines = [caption_lines(caption) for caption in captions]

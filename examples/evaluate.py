@@ -18,7 +18,8 @@ Several subjects come from a table (CSV, or JSON with a list of objects) with on
 
     python examples/evaluate.py --pretrained_model_name_or_path ... --table table.csv --output_dir evaluation
 
-For the miniature world, where classifiers can read the attributes of a picture, add `--prompts world --classifiers FOLDER`.
+For the miniature world, where classifiers can read the attributes of a picture, add `--prompts world --classifiers FOLDER`, or
+`--prompts world-style` for a style. In the prompts for styles {} stands for the style.
 
 Written to --output_dir: `pictures/<subject>/<method>/<prompt>-<seed>.png`, `references`, `report.md`,
 `scores.csv` (one row per picture), `evaluation.json` (everything, for user_study.py), `scatter.png`, and `sheets` with the
@@ -236,6 +237,59 @@ a paper collage of a {} floating over a green valley under three hot air balloon
 a {} on a snow covered bench under a street lamp while a fox walks past
 a vintage travel poster showing a {} surfing in front of a volcano
 """
+# The paper shows faces and styles in figures alone; its authors' prompts for styles are 40 things "in {} style". These are ours.
+FACE_SIMPLE = """
+a photo of a {} on the beach | a photo of a {} in the snow | a photo of a {} in a crowded street | a photo of a {} in a library
+a photo of a {} in front of a mountain lake | a photo of a {} at night under street lamps | a photo of a {} on a train
+a {} wearing a red hat | a {} wearing sunglasses | a {} with a green scarf | a {} in a suit and tie | a {} in a yellow raincoat
+a {} dressed as a chef | a {} dressed as an astronaut | a {} dressed as a knight | a {} dressed as a doctor
+a smiling {} | an angry {} | a {} with closed eyes | a {} with long white hair | a very old {}
+a pencil sketch of a {} | an oil painting of a {} | a marble statue of a {} | a {} as a cartoon character
+"""
+FACE_COMPLEX = """
+a watercolor painting of a {} reading a letter at a window, with rain running down the glass
+a {} on a picnic blanket between a basket of apples and a sleeping cat, seen from above
+a {} riding a bicycle across a busy crosswalk at night, neon signs reflected in puddles
+an oil painting of a {} on a royal throne, wearing a golden crown, with two candles to the left
+a {} crossing the desert behind a caravan of camels at sunset
+a black and white drawing of a {} asleep over an open book next to a pair of glasses
+a {} in a blue coat holding a large yellow umbrella over a small dog
+a {} in a space suit on the surface of the moon, with the earth rising behind
+a {} steering a small wooden boat towards a lighthouse through high waves
+a pixel art scene of a {} facing a small dragon in front of a castle
+a {} playing the piano on a stage while an audience of penguins listens
+a {} selling oranges and flowers at a market stall, with a bicycle leaning on the right
+a paper collage of a {} floating over a green valley under three hot air balloons
+a {} on a snow covered bench under a street lamp while a fox walks past
+a vintage travel poster showing a {} surfing in front of a volcano
+"""
+# Here {} is the style.
+STYLE_SIMPLE = """
+a dog in the style of a {} | a rabbit in the style of a {} | an owl in the style of a {} | a whale in the style of a {}
+a snail in the style of a {} | a bicycle in the style of a {} | a teapot in the style of a {} | a violin in the style of a {}
+a lighthouse in the style of a {} | a windmill in the style of a {} | a castle in the style of a {} | a bridge in the style of a {}
+a steam train in the style of a {} | a sailing boat in the style of a {} | a hot air balloon in the style of a {}
+a robot in the style of a {} | a pair of boots in the style of a {} | an umbrella in the style of a {} | a loaf of bread in the style of a {}
+a bowl of cherries in the style of a {} | a sunflower in the style of a {} | a pine tree in the style of a {}
+a waterfall in the style of a {} | a thunderstorm in the style of a {} | a dancer in the style of a {}
+"""
+STYLE_COMPLEX = """
+a fox and a heron on opposite banks of a river at dawn, in the style of a {}
+a red car under a green tree with a yellow kite above it, in the style of a {}
+three cats on a blue sofa below a round mirror, in the style of a {}
+an astronaut feeding pigeons in a crowded square, in the style of a {}
+a child with an umbrella waiting for a bus at night, in the style of a {}
+a desk with an open book, a burning candle and a pair of glasses, in the style of a {}
+a ship between two icebergs with a whale in front of it, in the style of a {}
+a market stall with oranges on the left and flowers on the right, in the style of a {}
+a bear playing the piano while penguins listen, in the style of a {}
+a village below a snow covered mountain with smoke from every chimney, in the style of a {}
+a bicycle leaning on a brick wall beside a sleeping dog, in the style of a {}
+a small dragon guarding a tower of books in a library, in the style of a {}
+two old men playing chess under a tree in autumn, in the style of a {}
+a glass bottle on a beach with a sailing ship inside, in the style of a {}
+a bowl of soup on a windowsill while it rains outside, in the style of a {}
+"""
 # The miniature's prompts use its captions' words. Second objects are squares and triangles: no named concept is one.
 WORLD_SIMPLE = """
 a photo of a {} on grass: style=photo place=grass
@@ -281,6 +335,29 @@ pixel art of a {} above a small blue square: style=pixel art other_shape=square 
 a {} wearing a black hat, left of a small pink square: prop=hat prop_colour=black other_shape=square other_colour=pink relation=left
 a small yellow square right of a {} with a blue flag, in the mountains: place=mountains prop=flag prop_colour=blue other_shape=square other_colour=yellow relation=left
 """  # noqa: E501
+# {} is the style. The subjects are plain, so none of them is a named concept, and all attributes are in words.
+WORLD_STYLE = """
+a picture in the style of a {} of a red star on grass: shape=star colour=red place=grass
+a picture in the style of a {} of a blue fish in the water: shape=fish colour=blue place=water
+a picture in the style of a {} of a green mushroom in the snow: shape=mushroom colour=green place=snow
+a picture in the style of a {} of a yellow house at night: shape=house colour=yellow place=night
+a picture in the style of a {} of a purple heart on the beach: shape=heart colour=purple place=beach
+a picture in the style of a {} of an orange flower in the forest: shape=flower colour=orange place=forest
+a picture in the style of a {} of a white drop in front of a brick wall: shape=drop colour=white place=brick
+a picture in the style of a {} of a black cross at sunset: shape=cross colour=black place=sunset
+a picture in the style of a {} of a pink circle in the city: shape=circle colour=pink place=city
+a picture in the style of a {} of a red diamond in the mountains: shape=diamond colour=red place=mountains
+a blue house on grass in the style of a {}: shape=house colour=blue place=grass
+an orange fish in the city in the style of a {}: shape=fish colour=orange place=city
+a green heart at night in the style of a {}: shape=heart colour=green place=night
+a white star in the forest in the style of a {}: shape=star colour=white place=forest
+a purple flower wearing a red hat in the style of a {}: shape=flower colour=purple prop=hat prop_colour=red
+a yellow circle holding a blue balloon in the style of a {}: shape=circle colour=yellow prop=balloon prop_colour=blue
+a pink mushroom under a green umbrella in the style of a {}: shape=mushroom colour=pink prop=umbrella prop_colour=green
+a red drop standing on a white block in the style of a {}: shape=drop colour=red prop=block prop_colour=white
+a blue cross left of a small red square in the style of a {}: shape=cross colour=blue other_shape=square other_colour=red relation=left
+a green star above a small blue triangle in the style of a {}: shape=star colour=green other_shape=triangle other_colour=blue relation=above
+"""  # noqa: E501
 
 
 def prompt_lines(text: str, kind: str) -> list[Prompt]:
@@ -296,6 +373,9 @@ def prompt_lines(text: str, kind: str) -> list[Prompt]:
 BUILT_IN = {
     "object": prompt_lines(OBJECT_SIMPLE, "simple") + prompt_lines(OBJECT_COMPLEX, "complex"),
     "live": prompt_lines(LIVE_SIMPLE, "simple") + prompt_lines(LIVE_COMPLEX, "complex"),
+    "face": prompt_lines(FACE_SIMPLE, "simple") + prompt_lines(FACE_COMPLEX, "complex"),
+    "style": prompt_lines(STYLE_SIMPLE, "simple") + prompt_lines(STYLE_COMPLEX, "complex"),
+    "world-style": prompt_lines(WORLD_STYLE, ""),
     "world": prompt_lines(WORLD_SIMPLE, "simple") + prompt_lines(WORLD_COMPLEX, "complex"),
 }
 BUILT_IN["world-half"] = BUILT_IN["world"][::2]  # for sweeps: every second prompt
@@ -663,12 +743,14 @@ def load_classifiers(folder: Path, device: str):
 
 
 def subject_attributes(subject: str) -> dict[str, str]:
-    """The attributes of the world's concept with this name; empty for any other subject."""
+    """The attributes of the world's concept with this name, a subject or a style; empty for any other subject."""
     world = miniature("world")
     composed = re.fullmatch(r"composed_(\d+)", subject)
     concept = world.compose_concept(int(composed[1])) if composed else world.CONCEPTS.get(subject)
-    if concept is None or concept.subject is None:
+    if concept is None:
         return {}
+    if concept.subject is None:
+        return {"style": concept.style, "tone": concept.tone}
     truth = world.attributes(world.Scene(concept.subject, world.PLACES[0]))
     return {name: truth[name] for name in SUBJECT_ATTRIBUTES}
 

@@ -406,6 +406,10 @@ CASES = [
         {"learnable_property": "style", "instance_data_dir": "@captioned"},
         "--learnable_property style has no effect with captions",
     ),
+    (
+        {"learnable_property": "face", "instance_data_dir": "@captioned"},
+        "--learnable_property face has no effect with captions",
+    ),
     ({"crops_per_image": 8, "no_cache_latents": "true"}, "--crops_per_image 8 has no effect with --no_cache_latents"),
     (
         {"crops_per_image": 8, "center_crop": "true"},

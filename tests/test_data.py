@@ -129,10 +129,13 @@ def test_a_data_set_that_datasets_loads(tmp_path):
 
 
 def test_templates(tmp_path):
-    for kind in ("object", "style"):
-        templates = script.built_in_templates(kind)
+    kinds = {kind: script.built_in_templates(kind) for kind in ("object", "style", "face")}
+    for kind, templates in kinds.items():
         assert len(set(templates)) == len(templates) >= 24
         assert all(template.count("{}") == 1 for template in templates)
+        named = [word in template for template in templates for word in ("style", "portrait")]
+        assert any(named) == (kind != "object")
+    assert "a portrait of a {}" in kinds["face"] and "a picture in the style of a {}" in kinds["style"]
     path = tmp_path / "templates.txt"
     path.write_text("a {} here\n\n{} there\n")
     assert script.read_templates(path) == ["a {} here", "{} there"]

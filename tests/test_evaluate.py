@@ -170,7 +170,7 @@ def test_masks_black_out_the_background(tmp_path, capsys):
 # Prompts
 
 
-@pytest.mark.parametrize("name", ["object", "live", "world"])
+@pytest.mark.parametrize("name", ["object", "live", "face", "style", "world"])
 def test_forty_prompts_of_each_kind(name):
     prompts = evaluate.BUILT_IN[name]
     assert len(prompts) == 40 == len({p.text for p in prompts}) and all(p.text.count("{}") == 1 for p in prompts)
@@ -180,7 +180,7 @@ def test_forty_prompts_of_each_kind(name):
 
 def test_the_worlds_prompts_state_what_they_say():
     known = set(world.vocabulary()) | {"a", "an", "the"}
-    for prompt in evaluate.BUILT_IN["world"]:
+    for prompt in (*evaluate.BUILT_IN["world"], *evaluate.BUILT_IN["world-style"]):
         words = prompt.text.replace("{}", "").replace(",", "").split()
         assert set(words) <= known, prompt
         said = prompt.states
@@ -188,14 +188,15 @@ def test_the_worlds_prompts_state_what_they_say():
         places = {p for p, phrases in world.PLACE_WORDS.items() for phrase in phrases if phrase in prompt.text}
         assert places == ({said["place"]} if "place" in said else set())
         assert [w for w in words if w in world.PROPS] == [said[k] for k in ("prop",) if k in said]
-        assert [w for w in words if w in ("square", "triangle")] == [said[k] for k in ("other_shape",) if k in said]
-        colours = [said[k] for k in ("prop_colour", "other_colour") if k in said]
+        shapes = [said[k] for k in ("shape", "other_shape") if k in said]
+        assert [w for w in words if w in world.SHAPES] == shapes
+        colours = [said[k] for k in ("colour", "prop_colour", "other_colour") if k in said]
         assert sorted(w for w in words if w in world.COLOURS) == sorted(colours)
         style = "photo" if "photo" in words else "pixel art" if "pixel" in words else None
         style = "sketch" if {"sketch", "drawing"} & set(words) else style
         assert said.get("style") == style
         relation = next((r for r in world.RELATIONS if r in words), None)
-        if relation and prompt.text.index(relation) < prompt.text.index("{}"):
+        if relation and "shape" not in said and prompt.text.index(relation) < prompt.text.index("{}"):
             relation = world.OPPOSITE[relation]
         assert said.get("relation") == relation, prompt
         # As in the world, where what stands above or below would collide with a prop.
@@ -212,7 +213,8 @@ def test_attributes_are_judged_where_they_are_stated():
     assert record["said"] == pytest.approx(2 / 3) and record["kept"] == 0.5
     assert evaluate.read_attributes(None, stated, {}) == {}
     assert evaluate.subject_attributes("zebra_star")["pattern"] == "striped"
-    assert evaluate.subject_attributes("my dog") == evaluate.subject_attributes("blueprint") == {}
+    assert evaluate.subject_attributes("my dog") == {}
+    assert evaluate.subject_attributes("blueprint") == {"style": "sketch", "tone": "blue"}
 
 
 # Statistics
