@@ -14,6 +14,7 @@ sys.path.insert(0, str(MINIATURE))
 
 import generator_sana  # noqa: E402
 import judges  # noqa: E402
+import recommend  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
 
@@ -182,3 +183,21 @@ def test_command_writes_instance_pictures(tmp_path):
     assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(pictures, wanted, strict=True))
     with pytest.raises(SystemExit):
         world.main(["--concept", "zebra_star"])
+
+
+def test_the_classifiers_recommend_a_class_word(tmp_path, capsys):
+    for name, words in (
+        ("clown_fish", "striped fish"),
+        ("two_faced_heart", "pink heart"),
+        ("toadstool", "spotted mushroom"),
+    ):
+        world.main(["--concept", name, "--place", "city", "--output_dir", str(tmp_path / name)])
+        capsys.readouterr()
+        recommend.main(["--instance_data_dir", str(tmp_path / name)])
+        shape = world.CONCEPTS[name].initializer
+        assert capsys.readouterr().out == f'--initializer_token "{shape}"\n--initializer_token "{words}"\n'
+    (tmp_path / "toadstool" / "9.png").write_text("no picture")
+    for folder, problem in ((tmp_path, "has no PNG"), (tmp_path / "toadstool", "has a damaged PNG")):
+        with pytest.raises(SystemExit):
+            recommend.main(["--instance_data_dir", str(folder)])
+        assert problem in capsys.readouterr().err
