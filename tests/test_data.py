@@ -119,7 +119,7 @@ def test_a_data_set_that_datasets_loads(tmp_path):
         (0, 128, 0),
     ]
     assert script.prompts_by_image(photographs, args) == [["a <new>"], ["my <new>"]]
-    with pytest.raises(UserError, match="--image_column image is not one of"):
+    with pytest.raises(UserError, match="--image_column image is none of"):
         script.load_photographs(data_options(dataset_name=str(tmp_path)))
     with pytest.raises(UserError, match="cannot be loaded"):
         script.load_photographs(data_options(dataset_name=str(tmp_path / "nowhere")))
