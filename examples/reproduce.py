@@ -638,18 +638,15 @@ def draw_curves(curves: list[Curve]) -> tuple[bytes, bytes]:
 
 
 def draw_sheet(records: list[dict], concept: str) -> bytes:
-    """Draw a concept's pictures of Table 2 as PNG: a row for each method, a column for each of at most eight prompts."""
+    """Draw a concept's pictures of Table 2 as PNG: a row for each of at most eight prompts, a column for each method."""
     mine = [r for r in records if r["subject"] == concept and r["method"] in {m.name for m in TABLE_2}]
     prompts = list(dict.fromkeys(r["prompt"] for r in mine))
     prompts = prompts[:: math.ceil(len(prompts) / 8)]
     first = {(r["method"], r["prompt"]): r["file"] for r in reversed(mine)}  # of the first seed
     methods = [m.name for m in TABLE_2 if (m.name, prompts[0]) in first]
-    rows = [[open_picture(first[name, prompt]) for prompt in prompts] for name in methods]
-    rows = [
-        [picture.resize((2 * picture.width, 2 * picture.height), Image.NEAREST) for picture in row] for row in rows
-    ]
-    labels = [prompt.replace("{}", "...").removeprefix("a photo of a ") for prompt in prompts]
-    return to_png(contact_sheet(rows, methods, labels), {})
+    pictures = [[open_picture(first[name, prompt]) for name in methods] for prompt in prompts]
+    rows = [[p.resize((2 * p.width, 2 * p.height), Image.NEAREST) for p in row] for row in pictures]
+    return to_png(contact_sheet(rows, [prompt.replace("{}", "...") for prompt in prompts], methods), {})
 
 
 def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse.Namespace) -> Path:
