@@ -48,7 +48,9 @@ def training_commands() -> list[str]:
 
 def example_commands() -> list[str]:
     """The commands that use what was learned."""
-    return [command for command in readme_commands() if re.match(r"python examples/(?!make_small|miniature)", command)]
+    return [
+        command for command in readme_commands() if re.match(r"python examples/(?!make_small|miniature|app)", command)
+    ]
 
 
 def arguments(command: str) -> tuple:
