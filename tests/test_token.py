@@ -44,7 +44,7 @@ def test_names_that_will_not_do(tokenizer, name):
 @pytest.mark.parametrize("there, name, vectors", [("<x>_1", "<x>", 1), ("<x>", "<x>_1", 1), ("<x>", "<x>_2", 1)])
 def test_names_that_clash_with_the_further_vectors_of_another(tokenizer, there, name, vectors):
     tokenizer.add_tokens(there)
-    with pytest.raises(UserError, match="already"):
+    with pytest.raises(UserError, match="is in the vocabulary: choose another"):
         script.add_placeholder(MODEL, tokenizer, name, vectors)
 
 
