@@ -173,6 +173,8 @@ class Trainer:
 
     def start(self, photographs: list[str], word: str, class_word: str, steps: str, vectors: str, prompts: str) -> str:
         """Start a new run and return its name. The training script checks what it is given. Raises UserError."""
+        if not word:
+            raise UserError("There is no new word yet: write one, such as <my-dog>.")
         folder = self.words / web_name(word)
         if self.finished(folder) or any(folder.glob("checkpoint-*")):
             raise UserError(f"{word} is there already: resume its training, choose another word, or delete {folder}.")

@@ -123,8 +123,10 @@ def test_a_training_that_the_script_refuses_shows_the_scripts_message(trainer, p
         trainer.start(photographs, "<my-fish>", "fish", "20", "", "a {}")
     trainer.process.wait(300)
     text, share = trainer.status(name)
-    assert text.startswith("Error: --placeholder_token 'fish'") and "in the vocabulary already" in text
+    assert text.startswith("Error: --placeholder_token 'fish'") and "is in the vocabulary" in text
     assert share is None and not trainer.resumable(name) and trainer.learned() == []
+    with pytest.raises(UserError, match="no new word yet"):
+        trainer.start(photographs, "", "fish", "20", "", "a {}")
     with pytest.raises(UserError, match="Two photographs have the name 0.png"):
         trainer.start([*photographs, photographs[0]], "<my-fish>", "fish", "20", "", "a {}")
 
@@ -249,6 +251,7 @@ def test_the_whole_way(served, browser, photographs):  # noqa: F811
     plots = [x for x in browser.find_elements(page.css, "#curves canvas, #curves svg.marks") if x.is_displayed()]
     assert len(plots) == len(app.CURVES) and all(plot.size["width"] > 200 for plot in plots)
     page.screenshot("2-trained")
+    page.write("New word", "<my-fish>")  # the fields are empty since the reload
     page.press("Start training")
     assert "is there already" in page.visible("//*[contains(@class, 'toast-body')]").text
     page.screenshot("3-refused")
