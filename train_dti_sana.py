@@ -320,7 +320,7 @@ def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentPa
     add("--variant", default=None, help="Variant of the model's weight files, such as fp16.")
     add("--hub_token", default=None, help="Token for gated or private models and data sets and for --push_to_hub. Better: log in once with `hf auth login`.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models (default: accelerate's configuration). SANA overflows in fp16. The VAE always encodes, and the embedding is always trained, in float32.")
-    add("--base_precision", choices=["auto", "int8"], default="auto", help="int8: hold the weights of the denoiser and the text encoders in 8 bits, with a scale for each output channel, and compute in --mixed_precision. The vocabularies stay on the CPU. auto: all in --mixed_precision.")
+    add("--base_precision", choices=["auto", "int8"], default="auto", help="int8: hold the weights of the blocks of denoiser and text encoders in 8 bits, with a scale for each output channel, and compute in --mixed_precision. The vocabularies stay on the CPU. auto: all in --mixed_precision.")
     add("--allow_tf32", **SWITCH, help="Allow TF32 matrix products on Ampere and newer GPUs.")
     add("--gradient_checkpointing", **SWITCH, help="Recompute activations of the denoiser and the text encoders in the backward pass: less memory, slower.")
     add("--compile", **SWITCH, help="Compile the denoiser's repeated blocks with torch.compile.")

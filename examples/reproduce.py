@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = command_line().parse_args(argv)
     args.pipeline, args.script = check_models(args.models, "sdxl"), SCRIPT
     args.stock_pooling = args.ablation_concepts > 0
-    check_concepts(max(args.concepts, args.one_vector_concepts, args.ablation_concepts))
+    check_concepts(max(args.concepts, args.ablation_concepts))
     return args
 
 
@@ -283,11 +283,12 @@ def subjects() -> list[str]:
 
 def plan(args: argparse.Namespace) -> list[Run]:
     """All runs, grouped by concept: Table 2 with several vectors, the ablations, then Table 2 with one vector."""
-    runs = []
+    runs, single = [], {one_vector(method.name) for method in TABLE_2}
+    several = [m for m in METHODS if not m.ablation and m.name not in single]
     for methods, count, seeds in (
-        ([*TABLE_2, *(m for m in OTHERS if m.words)], args.concepts, args.seeds),
+        (several, args.concepts, args.seeds),
         ([m for m in METHODS if m.ablation], args.ablation_concepts, args.ablation_seeds),
-        (list(map(with_one_vector, TABLE_2)), args.one_vector_concepts, args.seeds),
+        ([m for m in METHODS if m.name in single], min(args.one_vector_concepts, args.concepts), args.seeds),
     ):
         methods = [method for method in methods if method.of is None]
         for concept in subjects()[:count]:

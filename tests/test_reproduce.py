@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import generate
+import numpy as np
 import pytest
 import reproduce
 import torch
@@ -23,6 +24,10 @@ def test_every_training_is_one_that_the_script_understands(miniature_models, tmp
     # Table 2: 8 concepts x 3 seeds x 4 trained methods with four vectors and with one; 4 x 2 of the ablations' rows.
     assert len(trained) == 8 * 3 * 4 * 2 + 4 * 2 * (6 + 6)
     assert len({run.folder(args) for run in runs}) == len(runs) == len(trained) + 8 * 2
+    args.concepts = 2
+    assert {run.concept for run in reproduce.plan(args) if not run.method.ablation} == {*reproduce.subjects()[:2]}
+    args.concepts, args.one_vector_concepts = 3, 1
+    assert {r.concept for r in reproduce.plan(args) if "one vector" in r.method.name} == {*reproduce.subjects()[:1]}
     parsed = {}
     for run in trained:
         words = [f"--{k}={v}" for k, v in run.row(args).items() if k != "name"]
@@ -126,6 +131,13 @@ def test_the_whole_of_it_and_again(miniature_models, tmp_path, monkeypatch):
         assert row in report
     for plot in ("scatter", "front", "norm"):
         assert (tmp_path / "out" / f"{plot}-guidance-5.png").stat().st_size > 5000
+    # The sheet: a row for each prompt, a column for each of Table 2's methods.
+    sheet = reproduce.Image.open(tmp_path / "out" / "sheet-zebra_star-guidance-5.png")
+    folder = tmp_path / "out" / "evaluations" / "guidance-5" / "zebra_star" / "pictures" / "zebra_star"
+    picture = reproduce.Image.open(folder / "DTI_0" / "01-0.png").convert("RGB")
+    picture = np.asarray(picture.resize((2 * picture.width, 2 * picture.height), reproduce.Image.NEAREST))
+    views = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet), picture.shape)
+    assert any((row == picture).all(axis=(-3, -2, -1)).any() for row in views)
     assert "guidance-1.5-stock" in report
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["orderings"]["guidance-5"][0]["score"]["n"] == 2
