@@ -584,14 +584,14 @@ def curves(records: list[dict], runs: list[Run], args: argparse.Namespace) -> li
     found = []
     for name in FRONT:
         mine = [item for item in runs if item.method.name == name and ablated(item, args)]
+        if not mine:  # such as all of them with --ablation_concepts 0
+            continue
         chosen = [r for r in records if r["subject"] in {item.concept for item in mine}]
-        labels = [(n, at_step(name, n)) for n in (mine[0].method.at if mine else ())] + [
-            (steps_of(mine, args), name)
-        ] * bool(mine)
+        labels = [*((n, at_step(name, n)) for n in mine[0].method.at), (steps_of(mine, args), name)]
         points = []
         for step, label in labels:
             image, said = (concept_means(chosen, label, measure) for measure in ("image", "said"))
-            if image:
+            if image and said:  # prompts from a file state no attributes
                 norm = [mean_norm(embeddings_of(Setting(0), item, args)[f"{label} #{item.seed}"]) for item in mine]
                 points.append([step, *(sum(x) / len(x) for x in (said.values(), image.values(), norm))])
         if points:
