@@ -17,7 +17,9 @@ import train_dti_sdxl
 FILE = "pytorch_lora_weights.safetensors"
 
 
-@pytest.fixture(params=[train_dti_sdxl, train_dti_sana], ids=["sdxl", "sana"])
+@pytest.fixture(
+    params=[pytest.param(train_dti_sdxl, id="sdxl"), pytest.param(train_dti_sana, id="sana", marks=pytest.mark.slow)]
+)
 def trainer(request):
     return request.param
 

@@ -129,10 +129,11 @@ def test_the_notebook_runs_from_top_to_bottom_on_the_miniature(project, hub, exe
 @pytest.mark.parametrize(
     "values, cell, message",
     [
-        (
+        pytest.param(
             {"MINIATURE": True, "STEPS": 0},
             "train-code",
             "error: argument --max_train_steps: '0' is not an integer of at least 1",
+            marks=pytest.mark.slow,
         ),
         ({"MINIATURE": False}, "model", "there is no GPU: choose one under Runtime, or set MINIATURE = True"),
         ({"MINIATURE": True}, "install-code", "REPOSITORY is empty: give this project's address for git clone"),

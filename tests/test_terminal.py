@@ -24,7 +24,10 @@ class Closed(io.StringIO):
     flush = close = lambda self: None
 
 
-@pytest.mark.parametrize("trainer", [train_dti_sdxl, train_dti_sana], ids=["sdxl", "sana"])
+@pytest.mark.parametrize(
+    "trainer",
+    [pytest.param(train_dti_sdxl, id="sdxl"), pytest.param(train_dti_sana, id="sana", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", ["ascii", "cp1252", "closed"])
 def test_a_run_ends_well_and_shares(trainer, kind, options, tmp_path, monkeypatch):
     if trainer is train_dti_sana and kind != "ascii":

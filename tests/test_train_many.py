@@ -71,6 +71,7 @@ def test_every_subject_is_as_if_trained_alone(many, train, trainer, tmp_path):
     assert (tmp_path / "many" / "dog" / "learned_embeds.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", SCRIPTS)
 def test_in_half_precision_too_every_subject_begins_at_the_rows_that_were_loaded(many, train, trainer, tmp_path):
     many("", trainer.__name__.removeprefix("train_dti_"), "--mixed_precision bf16")
