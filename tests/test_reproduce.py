@@ -22,7 +22,7 @@ def test_every_training_is_one_that_the_script_understands(miniature_models, tmp
     runs = reproduce.plan(args)
     trained = [run for run in runs if run.method.trained]
     # Table 2: 8 concepts x 3 seeds x 4 trained methods with four vectors and with one; 4 x 2 of the ablations' rows.
-    assert len(trained) == 8 * 3 * 4 * 2 + 4 * 2 * (6 + 6)
+    assert len(trained) == 8 * 3 * 4 * 2 + 4 * 2 * (6 + 6 + 3)
     assert len({run.folder(args) for run in runs}) == len(runs) == len(trained) + 8 * 2
     args.concepts = 2
     assert {run.concept for run in reproduce.plan(args) if not run.method.ablation} == {*reproduce.subjects()[:2]}
@@ -39,6 +39,7 @@ def test_every_training_is_one_that_the_script_understands(miniature_models, tmp
     assert parsed["TI"].learning_rate == 0.02 and parsed["TI, printed"].learning_rate == 5e-3
     assert parsed["DTI"].kappa == 1e-4 and parsed["DTI"].learning_rate == 0.04 and parsed["DTI"].pooling == "stock"
     assert parsed["DTI"].num_vectors == 4 and parsed["DTI, one vector"].num_vectors == 1
+    assert parsed["DTI"].initializer_token != parsed["DTI, recommended words"].initializer_token
     assert parsed["CrossInit"].init == "contextual" and parsed["CrossInit"].reg_weight == 1e-5
 
 
