@@ -2265,6 +2265,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name and rename, so that a kill or a full disk leaves a whole file. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
@@ -2365,56 +2366,50 @@ def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -
 
 
 def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Write checkpoint-<step> under a temporary name and rename it; then remove the oldest beyond the limit."""
+    """Write checkpoint-<step>, with state.json last, which makes it whole; then remove the oldest beyond the limit."""
     folder = args.output_dir / f"checkpoint-{checkpoint.step}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        write_file(temporary / "state.safetensors", save(checkpoint.tensors))
-        state = {"step": checkpoint.step, "written": time.time_ns(), **checkpoint.state}
-        write_file(temporary / "state.json", json.dumps(state).encode())
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}. Earlier checkpoints are intact.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    write_file(folder / "state.safetensors", save(checkpoint.tensors))
+    state = {"step": checkpoint.step, "written": time.time_ns(), **checkpoint.state}
+    write_file(folder / "state.json", json.dumps(state).encode())
     if args.checkpoints_total_limit is not None:
         for old, _ in find_checkpoints(args.output_dir)[args.checkpoints_total_limit :]:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def find_checkpoints(output_dir: Path) -> list[tuple[Path, Checkpoint]]:
-    """The intact checkpoints of a folder, the last written first (the highest step may be an older run's)."""
-    sound = []
-    for folder in filter(Path.is_dir, output_dir.glob("checkpoint-*")):
+    """The whole checkpoints of a folder, the last written first (the highest step may be an older run's)."""
+    found = []
+    for file in output_dir.glob("checkpoint-*/state.json"):
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            sound.append((folder, Checkpoint(state["step"], load_file(folder / "state.safetensors"), state)))
+            state = json.loads(file.read_text(encoding="utf-8"))
+            tensors = load_file(file.with_name("state.safetensors"))
+            found.append((file.parent, Checkpoint(state["step"], tensors, state)))
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-            logger.warning(f"{folder} is incomplete or damaged and is skipped ({type(error).__name__}).")
-    return sorted(sound, key=lambda pair: pair[1].state["written"], reverse=True)
+            logger.warning(f"{file.parent} is damaged and is skipped ({type(error).__name__}).")
+    return sorted(found, key=lambda pair: pair[1].state["written"], reverse=True)
 
 
 def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint | None:
     """The checkpoint to resume from, or None to start. Raises UserError if there is none, or if it is another run's."""
+    option = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
     if args.resume_from_checkpoint is None:
         return None
-    option, wanted = f"--resume_from_checkpoint {args.resume_from_checkpoint}", args.resume_from_checkpoint
-    folder = args.output_dir if wanted == "latest" else Path(wanted).parent
-    if wanted != "latest" and not Path(wanted).is_dir():
-        raise UserError(f"{option} does not exist: give a checkpoint's folder, or latest.")
-    sound = find_checkpoints(folder)
-    if wanted != "latest":  # it, or where it is damaged the one before
-        limit = int(re.sub(r"\D", "", Path(wanted).name) or 0)
-        sound = sorted((pair for pair in sound if pair[1].step <= limit), key=lambda pair: -pair[1].step)
-    if not sound:
-        if wanted != "latest":
+    if args.resume_from_checkpoint == "latest":
+        found = find_checkpoints(args.output_dir)
+        if not found:
+            logger.warning(f"{option}: {args.output_dir} has no checkpoint, so the training begins.")
+            return None
+    else:  # the one that is named, or where it is damaged the one before
+        named = Path(args.resume_from_checkpoint)
+        if not named.is_dir():
+            raise UserError(f"{option} does not exist: give a checkpoint's folder, or latest.")
+        limit = int(re.sub(r"\D", "", named.name) or 0)
+        found = [pair for pair in find_checkpoints(named.parent) if pair[1].step <= limit]
+        found.sort(key=lambda pair: -pair[1].step)
+        if not found:
             raise UserError(f"{option} is damaged, and there is none before it: leave the option out to begin anew.")
-        logger.warning(f"{option}: {folder} has no checkpoint, so the training begins.")
-        return None
-    path, checkpoint = sound[0]
+    path, checkpoint = found[0]
     identity = run_identity(args, num_vectors, args.seed)
     if args.seed is None:
         identity.pop("seed")  # the checkpoint's is taken

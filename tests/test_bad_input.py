@@ -473,7 +473,6 @@ ELSEWHERE = [
     ": for several processes on CPUs set ACCELERATE_USE_CPU=true, otherwise start one.",
     "--resume_from_checkpoint: it began elsewhere, with another model or initializer.",
     ". What was saved before is intact; make room and go on with --resume_from_checkpoint latest.",
-    ". Earlier checkpoints are intact.",
     "--scale_lr multiplies --learning_rate, and a preset's is not to be multiplied: give one.",
     " is beyond --max_train_steps ",
     ", which holds others: move them or --output_dir.",

@@ -85,7 +85,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train, caplog, d
     elif damage == "not JSON":
         (newest / "state.json").write_text("{")
     else:
-        newest.rename(out / ".checkpoint-6.tmp")
+        (newest / "state.json").unlink()  # it is written last
+        (newest / ".state.json.tmp").touch()
     with caplog.at_level("INFO", logger="dti"):
         train(**run, resume_from_checkpoint=newest if damage == "truncated" else "latest")
     assert f"Going on from {out / 'checkpoint-4'}" in caplog.text
@@ -170,7 +171,8 @@ def test_a_full_disk_ends_in_a_message_and_leaves_the_last_good_checkpoint(train
         train(max_train_steps=6, checkpointing_steps=2)
     out = Path(re.search(r"(\S+out)/", str(caught.value)).group(1))
     monkeypatch.undo()
-    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert [path.parent.name for path in out.glob("*checkpoint*/state.json")] == ["checkpoint-2"]
+    assert not list((out / "checkpoint-4").glob(".*"))  # nothing half written
     expected = results(train(max_train_steps=6, checkpointing_steps=2, output_dir=out.with_name("undisturbed")))
     train(max_train_steps=6, checkpointing_steps=2, resume_from_checkpoint="latest")
     assert results(out) == expected
