@@ -96,7 +96,6 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.training_utils import cast_training_params, free_memory, offload_models
 from diffusers.utils import check_min_version
-from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
@@ -238,6 +237,10 @@ IDLE = {
         "give less than --max_train_steps",
     ),
     "logging_dir": (lambda args: args.report_to != "tensorboard", "except with --report_to tensorboard", "use that"),
+    **dict.fromkeys(
+        ("hub_model_id", "hub_private_repo", "license"),
+        (lambda args: not args.push_to_hub, "without --push_to_hub", "add that"),
+    ),
 }
 
 
@@ -2438,17 +2441,14 @@ def from_first(decide: Callable, accelerator: Accelerator):
 
 
 def check_sharing_options(model) -> None:
-    """Check the options on sharing, without asking the Hub. Raises UserError."""
+    """Check what --push_to_hub needs, without asking the Hub. Raises UserError."""
     args = model.args
-    for name in ("hub_model_id", "hub_private_repo", "license"):
-        if getattr(args, name) and not args.push_to_hub:
-            raise UserError(f"--{name} says how to push and --push_to_hub is not given: add it or leave --{name} out.")
     if not args.push_to_hub:
         return
     try:
         validate_repo_id(args.hub_model_id or args.output_dir.resolve().name)
     except HFValidationError as error:
-        said = f"--hub_model_id {args.hub_model_id}" if args.hub_model_id else "--push_to_hub: --output_dir's name"
+        said = "--hub_model_id" if args.hub_model_id else "--push_to_hub: --output_dir's name"
         raise UserError(f"{said} cannot name a repository: {one_line(error)} Give a --hub_model_id.") from None
     folder = args.output_dir / "hub"
     if folder.exists() and not (folder / "training_options.json").is_file():  # no earlier push has left it
@@ -2472,10 +2472,8 @@ def hub_problem(error: Exception, repository: str) -> str:
     if status == 401:
         return "the Hub does not know the token (--hub_token, HF_TOKEN or the stored one): log in with `hf auth login`"
     if status == 403:
-        return (
-            f"the token may not write to {repository} ({one_line(error)}): use a token with write permission, "
-            "or --hub_model_id of an account that is yours"
-        )
+        remedy = "use a token with write permission, or --hub_model_id of an account that is yours"
+        return f"the token may not write to {repository} ({one_line(error)}): {remedy}"
     if status is None:
         return f"{HfApi().endpoint} cannot be reached ({one_line(error)}): check the connection, or push later"
     return f"the Hub answers {status} for {repository}: {one_line(error)}"
@@ -2505,55 +2503,46 @@ def open_repository(model) -> str:
     return repository
 
 
-def base_model(model) -> str | None:
-    """The base model's name on the Hub: of a single file the one that it is configured as. None for a local folder."""
-    name = model.args.pretrained_model_name_or_path
-    if os.path.isfile(name):
-        config = model.args.single_file_config
-        return config if config and not os.path.exists(config) else model.single_file_base
-    return None if Path(name).exists() else name
-
-
-def card_data(model, widget: list[dict] | None = None) -> ModelCardData:
+def card_data(model) -> ModelCardData:
     """The head of the model card, which the Hub's search and gallery read."""
-    args = model.args
+    args, base = model.args, model.args.pretrained_model_name_or_path
+    if os.path.isfile(base):  # the model that it is configured as
+        base = args.single_file_config or model.single_file_base
     return ModelCardData(
         library_name="diffusers",
-        base_model=base_model(model),
+        base_model=None if os.path.exists(base) else base,
         license=args.license,
         instance_prompt=args.placeholder_token,
-        widget=widget or None,
+        tags=["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags]
+        + ["lora"] * bool(args.rank),
     )
 
 
 def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> ModelCard:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
-    args, name = model.args, web_name(model.args.placeholder_token)
-    data = card_data(model, widget)
+    args, name, data = model.args, web_name(model.args.placeholder_token), card_data(model)
+    data.widget = widget or None
     base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
     if os.path.exists(args.pretrained_model_name_or_path):
-        kind = f", a file of {base}'s kind" if data.base_model else ""
-        base = f"`{model_name(args)}`{kind}"
+        base = f"`{model_name(args)}`" + (f", a file of {base}'s kind" if data.base_model else "")
         hint = f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
     other_tools = ""
     for use, stem in [(model.web_use, name)] + [(model.web_lora_use, f"{name}-lora")] * bool(args.rank):
         url = f"https://huggingface.co/{repository}/resolve/main/{quote(stem)}.safetensors"
         other_tools += use.format(name=stem, file=f"{stem}.safetensors", url=url)
-    names = ("photographs", "vectors", "lora", "steps", "total_batch_size", "precision", "seed")
-    details = {k: derived[k] for k in names} | {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
+    details = derived | {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
     table = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in details.items())
     lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""
-    text = f"""{"<Gallery />" if widget else ""}
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+{"<Gallery />" if widget else ""}
 
 # {name}
 
 `{args.placeholder_token}` is a new word for {base}, learned by
 [Directional Textual Inversion](https://arxiv.org/abs/2512.13672). This repository holds the word's embedding{lora}; the model
-itself is as it was.
-
-## Trigger word
-
-Write `{args.placeholder_token}` where the prompt names the subject.
+itself is as it was. Write `{args.placeholder_token}` where the prompt names the subject.
 
 ## Use it with diffusers
 
@@ -2571,54 +2560,38 @@ Write `{args.placeholder_token}` where the prompt names the subject.
 {table}
 
 All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
-"""
-    tags = ["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags]
-    tags += ["lora"] * bool(args.rank)
-    return populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
+""")
 
 
-def fill_hub_folder(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> Path:
-    """Put into --output_dir/hub exactly what is uploaded."""
-    args, folder = model.args, model.args.output_dir / "hub"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "samples").mkdir(parents=True)
+def share(model, repository: str, derived: dict, pictures: dict[str, list[Image.Image]], snippet: str) -> None:
+    """Gather embedding, card, options and pictures in --output_dir/hub, and upload them in one commit. Raises UserError."""
+    args, api, folder = model.args, HfApi(token=model.args.hub_token), model.args.output_dir / "hub"
+    word = web_name(args.placeholder_token)
     content = json.loads((args.output_dir / "training_options.json").read_text(encoding="utf-8"))
     for name, value in content["options"].items():  # of a path only the last part, so that local folders stay private
         if isinstance(value, str) and (isinstance(getattr(args, name), Path) or os.path.exists(value)):
             content["options"][name] = os.path.basename(os.path.abspath(value))
     # First, for check_sharing_options knows by it that the folder is a push's, also of one that was killed on the way.
-    (folder / "training_options.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    names = [f"{name}.safetensors" for name in (*model.embedding_files, web_name(args.placeholder_token))]
-    names += [LORA_FILE, f"{web_name(args.placeholder_token)}-lora.safetensors"] * bool(args.rank)
-    names += ["training_curves.png"]
-    for name, source in {**{name: args.output_dir / name for name in names}, **model.hub_code}.items():
-        shutil.copyfile(source, folder / name)
+    files = {"training_options.json": json.dumps(content, indent=2).encode()}
+    lora_files = [LORA_FILE, f"{word}-lora.safetensors"]
+    names = [f"{name}.safetensors" for name in (*model.embedding_files, word)] + lora_files * bool(args.rank)
+    sources = {name: args.output_dir / name for name in (*names, "training_curves.png")} | model.hub_code
+    files |= {name: source.read_bytes() for name, source in sources.items()}
     widget = []
-    for index, (prompt, images) in enumerate(zip(validation_prompts(args), rows, strict=False)):
+    for index, (prompt, images) in enumerate(pictures.items()):
         for number, image in enumerate(images):
             name = f"samples/{index}-{number}.jpg"  # a PNG of 1024 pixels is one or two megabytes
-            image.save(folder / name, quality=90)
+            files[name] = encoded(image, "jpeg", quality=90)
             widget.append({"text": prompt, "output": {"url": name}})
-    card = model_card(model, repository, widget, derived, snippet)
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
-    return folder
-
-
-def share(model, repository: str, derived: dict, rows: list[list[Image.Image]], snippet: str) -> None:
-    """Upload embedding, card, options and pictures in one commit that replaces the earlier ones. Raises UserError."""
-    args, api = model.args, HfApi(token=model.args.hub_token)
-    try:
-        folder = fill_hub_folder(model, repository, derived, rows, snippet)
-    except OSError as error:
-        raise UserError(
-            f"--push_to_hub: {error.filename} cannot be written: {error.strerror}. The results are in {args.output_dir}: make"
-            " room and go on with --resume_from_checkpoint latest."
-        ) from None
+    files["README.md"] = str(model_card(model, repository, widget, derived, snippet)).encode()
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, data in files.items():
+        write_file(folder / name, data)
     try:
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            delete_patterns=["samples/*", LORA_FILE, f"{web_name(args.placeholder_token)}-lora.safetensors"],
+            delete_patterns=["samples/*", *lora_files],  # an earlier push's
             commit_message=f"{args.placeholder_token} after {args.max_train_steps} steps",
         )
     except Exception as error:  # as in open_repository
@@ -2635,62 +2608,63 @@ def share(model, repository: str, derived: dict, rows: list[list[Image.Image]], 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def validation_prompts(args: argparse.Namespace) -> list[str]:
-    return [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
-
-
 @torch.no_grad()
-def validate(model, accelerator: Accelerator, seed: int, step: int) -> list[list[Image.Image]]:
-    """Sample every validation prompt. Returns each prompt's images; writes validation-<step>.png and to the tracker."""
+def validate(model, accelerator: Accelerator, seed: int, step: int) -> dict[str, list[Image.Image]]:
+    """Sample every validation prompt. Returns the images by prompt; writes validation-<step>.png and to the tracker."""
     args, dropout, others = model.args, model.denoiser.training, (model.denoiser, *model.text_encoders)
+    prompts = [prompt.replace("{}", args.placeholder_token) for prompt in args.validation_prompt]
     negative = args.validation_negative_prompt
     negative = negative and negative.replace("{}", args.placeholder_token)
     model.denoiser.eval()
-    latents = [model.sample_latents(prompt, negative, seed) for prompt in validation_prompts(args)]
+    latents = {prompt: model.sample_latents(prompt, negative, seed) for prompt in prompts}
     model.denoiser.train(dropout)
     # With --gradient_checkpointing, to save memory, the VAE is alone on the device.
     with (
         offload_models(*others, device="cpu", offload=args.gradient_checkpointing),
         offload_models(model.vae, device=accelerator.device),
     ):
-        pixels = [[model.decode(x) for x in row] for row in latents]
+        pixels = {prompt: torch.cat([model.decode(x) for x in row]) for prompt, row in latents.items()}
     free_memory()
-    rows = [VaeImageProcessor().postprocess(torch.cat(row)) for row in pixels]
+    pictures = {prompt: VaeImageProcessor().postprocess(x) for prompt, x in pixels.items()}
 
     path = args.output_dir / f"validation-{step}.png"
-    labelled_grid(rows, validation_prompts(args)).save(content := io.BytesIO(), format="png")
-    write_file(path, content.getvalue())
-    images = np.stack([np.asarray(image) for row in rows for image in row])
+    write_file(path, encoded(labelled_grid(pictures), "png"))
+    images = np.stack([np.asarray(image) for row in pictures.values() for image in row])
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": images}, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"validation": list(images)}, step=step)
     tqdm.write(f"Step {step}: {path}")
-    return rows
+    return pictures
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    """The picture as the content of a file of Pillow's format `kind`."""
+    picture.save(content := io.BytesIO(), kind, **options)
+    return content.getvalue()
 
 
 def thumbnail(picture: Image.Image) -> str:
     """The picture in modelspec's form: a JPEG of at most 256 pixels as a data URI."""
-    small = picture.convert("RGB")
+    small = picture.copy()
     small.thumbnail((256, 256))
-    small.save(content := io.BytesIO(), format="jpeg", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded(small, 'jpeg', quality=80)).decode()}"
 
 
-def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
+def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
     """One row of pictures for each label, with the label above it. Small pictures are enlarged."""
-    zoom = max(1, 192 // rows[0][0].width)
-    rows = [[image.resize((image.width * zoom, image.height * zoom), Image.NEAREST) for image in row] for row in rows]
-    width, height = rows[0][0].size
+    first = next(iter(rows.values()))
+    zoom = max(1, 192 // first[0].width)
+    width, height = first[0].width * zoom, first[0].height * zoom
     bar = max(16, height // 16)
     font = ImageFont.load_default(bar * 0.7)
-    grid = Image.new("RGB", (width * len(rows[0]), (height + bar) * len(rows)), "white")
+    grid = Image.new("RGB", (width * len(first), (height + bar) * len(rows)), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
+    for row, (label, images) in enumerate(rows.items()):
         draw.text((4, row * (height + bar)), label, fill="black", font=font)
         for column, image in enumerate(images):
-            grid.paste(image, (column * width, row * (height + bar) + bar))
+            grid.paste(image.resize((width, height), Image.NEAREST), (column * width, row * (height + bar) + bar))
     return grid
 
 
@@ -3162,14 +3136,14 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     interruption.in_loop = False
 
     # Results.
-    pictures = []
+    pictures = {}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_result(model, args.max_train_steps, about)
         training.history.plot(args.output_dir / "training_curves.png")
         if args.validation_prompt:
             pictures = validate(model, accelerator, seed, args.max_train_steps)
-            about["modelspec.thumbnail"] = thumbnail(pictures[0][0])
+            about["modelspec.thumbnail"] = thumbnail(next(iter(pictures.values()))[0])
             save_result(model, args.max_train_steps, about)  # as before, with the picture in the files' headers
         report_skipped(training)
         print(f"\nSaved to {args.output_dir}. To use it:\n{model.loading_snippet(device, dtype)}")

@@ -481,7 +481,6 @@ ELSEWHERE = [
     " is public: make it private or give another --hub_model_id.",
     ": the Hub does not accept the model card: ",
     ". Nothing is lost, all files are in ",
-    ": make room and go on with --resume_from_checkpoint latest.",
     ": TOML needs Python 3.11 or `pip install tomli`. YAML and JSON do not.",
     ", which is missing: take it from where this script is from.",
 ]

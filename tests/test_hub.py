@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,12 +279,12 @@ def test_no_network_is_said_before_any_weight_loads(trainer, train, no_weights, 
 @pytest.mark.parametrize(
     "flags, changes, message",
     [
-        ("--push_to_hub", {"hub_model_id": "me/my/dog"}, "--hub_model_id me/my/dog cannot name a repository"),
-        ("--push_to_hub", {"hub_model_id": "me/my dog"}, "--hub_model_id me/my dog cannot name a repository"),
+        ("--push_to_hub", {"hub_model_id": "me/my/dog"}, "--hub_model_id cannot name a repository: .*'me/my/dog'"),
+        ("--push_to_hub", {"hub_model_id": "me/my dog"}, "--hub_model_id cannot name a repository: .*'me/my dog'"),
         ("--push_to_hub", {"output_dir": "my dog"}, "--output_dir's name cannot name .*'my dog'.*--hub_model_id"),
-        ("--hub_private_repo", {}, "--hub_private_repo .* --push_to_hub is not given"),
-        ("", {"license": "mit"}, "--license .* --push_to_hub is not given"),
-        ("", {"hub_model_id": "me/my-dog"}, "--hub_model_id .* --push_to_hub is not given"),
+        ("--hub_private_repo", {}, "--hub_private_repo has no effect without --push_to_hub"),
+        ("", {"license": "mit"}, "--license mit has no effect without --push_to_hub: add that, or"),
+        ("", {"hub_model_id": "me/my-dog"}, "--hub_model_id me/my-dog has no effect without --push_to_hub"),
     ],
 )
 def test_what_can_be_seen_without_the_hub(trainer, train, monkeypatch, tmp_path, flags, changes, message):
@@ -315,11 +314,16 @@ def test_without_push_nothing_is_prepared_for_it(train):
     assert not (out / "hub").exists()
 
 
-def test_a_full_disk_while_sharing_names_the_file_and_what_is_safe(trainer, monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(28, "No space left on device", str(tmp_path / "hub" / "README.md"))
+def test_a_full_disk_while_sharing_names_the_file_and_what_is_safe(trainer, train, models_seen, monkeypatch):
+    out = train(max_train_steps=1)
+    write = Path.write_bytes
 
-    monkeypatch.setattr(trainer, "fill_hub_folder", full)
-    model = SimpleNamespace(args=SimpleNamespace(hub_token=None, output_dir=tmp_path))
-    with pytest.raises(trainer.UserError, match="README.md cannot be written: No space left.*The results are in"):
-        trainer.share(model, "me/my-dog", {}, [], "")
+    def full(path, content):
+        if path.parent.name == "hub" and path.name.startswith(".README"):
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(trainer.UserError, match="README.md cannot be written: No space left.*saved before is intact"):
+        trainer.share(models_seen[0], "me/my-dog", {}, {}, "")
+    assert load_file(out / "learned_embeds.safetensors")
