@@ -2207,10 +2207,9 @@ WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\
 
 
 def web_name(placeholder: str) -> str:
-    """The placeholder as a file name on any system, for the web tools take the file's name for the word.
+    """The placeholder without its angle brackets, as a file name: the web tools take the file's name for the word.
 
-    It is the placeholder without its angle brackets. If that cannot be a file name, a few digits of its hash are appended,
-    so that no other placeholder has the same name.
+    Where that cannot be a file name on every system, digits of its hash keep it apart from other placeholders' names.
     """
     bare = placeholder[1:-1] if placeholder.startswith("<") and placeholder.endswith(">") else placeholder
     name = re.sub(r"[^\w.+-]+", "", bare).strip(".")
@@ -2242,22 +2241,20 @@ def model_name(args: argparse.Namespace) -> str:
 def file_metadata(model, step: int, about: dict[str, str], lora: bool = False) -> dict[str, str]:
     """A file's header for model sites and people, by the modelspec standard; `about` adds to it."""
     args, word, name = model.args, model.args.placeholder_token, web_name(model.args.placeholder_token)
-    what = f"{word} is a new word for {model_name(args)}, learned by Directional Textual Inversion (arXiv 2512.13672)."
+    base = model_name(args)
+    what = f"LoRA weights for {base}, trained with {word}" if lora else f"{word}, a new word for {base}, learned"
     hint = f"Write {word} in the prompt{model.web_spelling.format(name=name)}."
-    if lora:
-        what = f"LoRA weights for {model_name(args)}, trained with the word {word} (arXiv 2512.13672)."
-        hint = f"Load the word's embedding too. {hint}"
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{model.architecture}/{'lora' if lora else 'textual-inversion'}",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"{name}-lora" if lora else name,
-        "modelspec.description": what,
-        "modelspec.usage_hint": hint,
+        "modelspec.description": f"{what} by Directional Textual Inversion (arXiv 2512.13672).",
+        "modelspec.usage_hint": f"Load the word's embedding too. {hint}" if lora else hint,
         "modelspec.trigger_phrase": word,
         "modelspec.date": datetime.date.today().isoformat(),
         **about,
-        "dti.base_model": model_name(args),
+        "dti.base_model": base,
         "dti.steps": str(step),
         **{f"dti.{k}": str(getattr(args, k)) for k in METHOD_OPTIONS},
         **({"dti.initializer_token": args.initializer_token} if args.initializer_token else {}),
@@ -2288,12 +2285,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
 
 def to_kohya(state: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    """PEFT's LoRA weights of a denoiser, `down_blocks.1.[...].lora_A.weight`, in the naming of kohya's scripts.
-
-    That is `lora_unet_down_blocks_1_[...].lora_down.weight` and `.lora_up.weight`, whatever the denoiser is, with an `.alpha`
-    for each layer. diffusers' convert_state_dict_to_kohya writes the rank for alpha.
-    """
-    kohya = {}
+    """A denoiser's LoRA weights in the naming of kohya's scripts, `lora_unet_` whatever it is, with each layer's alpha."""
+    kohya = {}  # diffusers' convert_state_dict_to_kohya writes the rank for alpha
     for key, x in state.items():
         layer, letter = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
         name = f"lora_unet_{layer.replace('.', '_')}"
@@ -2302,33 +2295,24 @@ def to_kohya(state: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Te
     return kohya
 
 
-def save_adapters(model, metadata: dict[str, str], suffix: str = "") -> None:
-    """Write the float32 LoRA weights twice: for `pipe.load_lora_weights`, and in kohya's naming for the web tools.
-
-    The first has alpha in its header, where only diffusers looks, the second beside each layer.
-    """
-    args, state = model.args, get_peft_model_state_dict(model.denoiser)
-    options = {
-        f"{model.denoiser_name}_lora_layers": state,
-        f"{model.denoiser_name}_lora_adapter_metadata": model.denoiser.peft_config["default"].to_dict(),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        model.pipeline_class.save_lora_weights(folder, **options)
+def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
+    """Write the float32 LoRA weights for `pipe.load_lora_weights`, and in kohya's naming for the web tools."""
+    args, name, state = model.args, model.denoiser_name, get_peft_model_state_dict(model.denoiser)
+    config = model.denoiser.peft_config["default"].to_dict()
+    with tempfile.TemporaryDirectory() as folder:  # diffusers writes alpha into the header
+        layers = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config}
+        model.pipeline_class.save_lora_weights(folder, **layers)
         with safe_open(Path(folder) / LORA_FILE, "pt") as file:
-            header = file.metadata()
-        tensors = load_file(Path(folder) / LORA_FILE)
+            header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     save_tensors(tensors, args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), {**header, **metadata})
     network = {"ss_network_dim": str(args.rank), "ss_network_alpha": f"{args.lora_alpha:g}"}
-    web_file = args.output_dir / f"{web_name(args.placeholder_token)}-lora{suffix}.safetensors"
     kohya_metadata = {**model.kohya_metadata, **network} if model.kohya_metadata else {}
+    web_file = args.output_dir / f"{web_name(args.placeholder_token)}-lora{suffix}.safetensors"
     save_tensors(to_kohya(state, args.lora_alpha), web_file, {**metadata, **kohya_metadata})
 
 
 def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> None:
-    """Write each encoder's (n, d) float32 embeddings to a file for diffusers, and all of them to one for the web tools.
-
-    With adapters, write those too; otherwise remove those of an earlier run.
-    """
+    """Write each encoder's (n, d) float32 embeddings for diffusers, all of them for the web tools, and the adapters."""
     args, metadata, word = model.args, file_metadata(model, step, about), web_name(model.args.placeholder_token)
     rows = [token.embedding().detach().cpu().clone() for token in model.tokens]
     for name, embedding in zip(model.embedding_files, rows, strict=True):
@@ -2338,7 +2322,7 @@ def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> No
     if args.rank:
         save_adapters(model, file_metadata(model, step, about, lora=True), suffix)
     elif not suffix:
-        for name in (LORA_FILE, f"{word}-lora.safetensors"):
+        for name in (LORA_FILE, f"{word}-lora.safetensors"):  # an earlier run's
             (args.output_dir / name).unlink(missing_ok=True)
 
 
@@ -2572,7 +2556,7 @@ def share(model, repository: str, derived: dict, pictures: dict[str, list[Image.
         if isinstance(value, str) and (isinstance(getattr(args, name), Path) or os.path.exists(value)):
             content["options"][name] = os.path.basename(os.path.abspath(value))
     # First, for check_sharing_options knows by it that the folder is a push's, also of one that was killed on the way.
-    files = {"training_options.json": json.dumps(content, indent=2).encode()}
+    files = {"training_options.json": f"{json.dumps(content, indent=2)}\n".encode()}
     lora_files = [LORA_FILE, f"{word}-lora.safetensors"]
     names = [f"{name}.safetensors" for name in (*model.embedding_files, word)] + lora_files * bool(args.rank)
     sources = {name: args.output_dir / name for name in (*names, "training_curves.png")} | model.hub_code
@@ -2696,30 +2680,23 @@ class History:
         self.entries.append({"step": step, "seconds": time.perf_counter() - self.start_time, **entry})
         return entry
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue the curves from the checkpoint."""
-        self.entries = checkpoint.state["entries"]
-        self.start_time = time.perf_counter() - checkpoint.state["seconds"]
-        for index, previous in enumerate(self.previous):
-            previous.copy_(checkpoint.tensors[f"previous.{index}"])
-
     def plot(self, path: Path) -> None:
         """Draw loss, angle to the initializer, norm, and the data gradient's norm against the step."""
         from matplotlib.figure import Figure
 
-        curves = {
-            "loss": ["loss"],
-            "angle to the initializer (degrees)": [f"{name}/angle_to_initializer" for name in self.names],
-            "norm of the embedding": [f"{name}/norm" for name in self.names],
-            "norm of the data's gradient": [f"{name}/gradient_norm" for name in self.names],
+        labels = {
+            "loss": "loss",
+            "angle_to_initializer": "angle to the initializer (degrees)",
+            "norm": "norm of the embedding",
+            "gradient_norm": "norm of the data's gradient",
         }
         figure = Figure(figsize=(16, 3.5), layout="constrained")
-        for axes, (label, keys) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
-            for key in keys:
+        for axes, (curve, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
+            for key in [key for key in self.entries[-1] if key.split("/")[-1] == curve]:
                 points = [(entry["step"], entry.get(key, math.nan)) for entry in self.entries]
                 axes.plot(*zip(*points, strict=True), label=key.split("/")[0])
+                axes.legend()
             axes.set(xlabel="step", ylabel=label)
-            axes.legend()
         figure.savefig(content := io.BytesIO(), format="png")
         write_file(path, content.getvalue())
 
@@ -2918,7 +2895,10 @@ class Training:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.overflows = checkpoint.state["overflows"]
         self.losses = list(checkpoint.tensors["losses"].to(self.accelerator.device))
-        self.history.resume(checkpoint)
+        self.history.entries = checkpoint.state["entries"]
+        self.history.start_time = time.perf_counter() - checkpoint.state["seconds"]
+        for i, previous in enumerate(self.history.previous):
+            previous.copy_(checkpoint.tensors[f"previous.{i}"])
 
 
 class Interruption:
