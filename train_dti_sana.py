@@ -1669,25 +1669,17 @@ def cut_view(image: Image.Image, view: View, resolution: int) -> Image.Image:
 
 
 # Copied from train_dti_sdxl.render_view
-def render_view(image: Image.Image, view: View, resolution: int) -> torch.Tensor:
-    """Cut the view out of an RGB image. Returns pixels (3, R, R) in [-1, 1]."""
-    return torch.from_numpy(np.array(cut_view(image, view, resolution))).permute(2, 0, 1) / 127.5 - 1
+def render_view(image: Image.Image, mask: Image.Image | None, view: View, resolution: int) -> dict[str, torch.Tensor]:
+    """What a step sees of a photograph: `pixel_values` (3, R, R) in [-1, 1] and, with masks, `mask` (1, R, R) in [0, 1].
 
-
-# Copied from train_dti_sdxl.render_mask
-def render_mask(mask: Image.Image | None, view: View, resolution: int) -> dict[str, torch.Tensor]:
-    """The view's mask, (1, R, R) in [0, 1], under `mask`; an empty dictionary without masks."""
-    if mask is None:
-        return {}
-    return {"mask": torch.from_numpy(np.array(cut_view(mask, view, resolution)))[None] / 255}
-
-
-# Copied from train_dti_sdxl.size_conditioning
-def size_conditioning(size: tuple[int, int], view: View, resolution: int) -> dict[str, torch.Tensor]:
-    """SDXL's `time_ids` (6,): original size, the crop's corner, and target size, each height before width."""
-    width, height = size
-    time_ids = torch.tensor([height, width, view.top, view.left, resolution, resolution], dtype=torch.float32)
-    return {"time_ids": time_ids}
+    Also SDXL's `time_ids` (6,): original size, the crop's corner, and target size, each height before width.
+    """
+    pixels = torch.from_numpy(np.array(cut_view(image, view, resolution))).permute(2, 0, 1) / 127.5 - 1
+    time_ids = torch.tensor([image.height, image.width, view.top, view.left, resolution, resolution]).float()
+    seen = {"pixel_values": pixels, "time_ids": time_ids}
+    if mask is not None:
+        seen["mask"] = torch.from_numpy(np.array(cut_view(mask, view, resolution)))[None] / 255
+    return seen
 
 
 # Copied from train_dti_sdxl.TrainingExamples
@@ -1708,13 +1700,9 @@ class TrainingExamples(torch.utils.data.Dataset):
         prompt = self.prompts[index][rng.integers(len(self.prompts[index]))]
         if self.cache is not None:
             return {"position": position, "prompt": prompt, **self.cache[index][rng.integers(len(self.cache[index]))]}
-        image = open_image(self.photographs[index]["image"])
-        mask = open_mask(self.photographs[index], self.args)
+        image, mask = open_image(self.photographs[index]["image"]), open_mask(self.photographs[index], self.args)
         view = draw_view(image.size, self.args, rng, mask)
-        sizes = size_conditioning(image.size, view, self.args.resolution)
-        pixels = render_view(image, view, self.args.resolution)
-        masks = render_mask(mask, view, self.args.resolution)
-        return {"position": position, "prompt": prompt, "pixel_values": pixels, **masks, **sizes}
+        return {"position": position, "prompt": prompt, **render_view(image, mask, view, self.args.resolution)}
 
 
 # Copied from train_dti_sdxl.cache_latents
@@ -1732,12 +1720,12 @@ def cache_latents(model, photographs: Sequence[dict], seed: int, accelerator: Ac
         views = dict.fromkeys(draw_view(image.size, args, rng, mask) for _ in range(args.crops_per_image))
         examples = []
         for view in views:
-            latents = model.encode_images(render_view(image, view, args.resolution)[None])
-            latents = {name: x[0].cpu() for name, x in latents.items()}
-            masks = render_mask(mask, view, args.resolution)
-            grid = next(iter(latents.values())).shape[-2:]
-            masks = {name: F.adaptive_avg_pool2d(x, grid) for name, x in masks.items()}
-            examples.append({**latents, **masks, **size_conditioning(image.size, view, args.resolution)})
+            example = render_view(image, mask, view, args.resolution)
+            latents = model.encode_images(example.pop("pixel_values")[None])
+            example |= {name: x[0].cpu() for name, x in latents.items()}
+            if mask is not None:
+                example["mask"] = F.adaptive_avg_pool2d(example["mask"], next(iter(latents.values())).shape[-2:])
+            examples.append(example)
         encoded.append((index, examples))
     model.vae.to("cpu")
     free_memory()

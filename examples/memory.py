@@ -144,8 +144,7 @@ def encode(model) -> dict[str, torch.Tensor]:
 
 def make_batch(script, latents: dict[str, torch.Tensor], args: argparse.Namespace, size: int) -> dict:
     """A batch of `size` examples as the script's loop has it, each with a prompt of its own."""
-    side = args.resolution
-    one = {**latents, **script.size_conditioning((side, side), script.View(False, 0, 0), side)}
+    one = {**latents, "time_ids": torch.zeros(6)}
     batch = {name: x.to(META).expand(size, *x.shape[-3:] if name in latents else x.shape) for name, x in one.items()}
     batch["prompt"] = [f"a photo of {args.placeholder_token}, number {index}" for index in range(size)]
     batch["generators"] = [torch.Generator().manual_seed(index) for index in range(size)]

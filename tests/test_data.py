@@ -158,14 +158,13 @@ def test_time_ids_tell_the_truth_about_the_crop(size, center):
     """Resizing the whole picture and cutting at the corner that the model is told gives the pixels that it is shown."""
     image, resolution = coordinates(*size), 32
     view = script.draw_view(size, data_options(center_crop=center), np.random.default_rng(3))
-    pixels = script.render_view(image, view, resolution)
-    time_ids = script.size_conditioning(size, view, resolution)["time_ids"]
-    height, width, top, left, *target = (int(n) for n in time_ids)
+    seen = script.render_view(image, None, view, resolution)
+    height, width, top, left, *target = (int(n) for n in seen["time_ids"])
     assert (width, height) == size and target == [32, 32]
     scale = resolution / min(size)
     whole = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
     cut = np.asarray(whole.crop((left, top, left + resolution, top + resolution)))
-    shown = ((pixels.permute(1, 2, 0).numpy() + 1) * 127.5).round()
+    shown = ((seen["pixel_values"].permute(1, 2, 0).numpy() + 1) * 127.5).round()
     assert np.abs(cut - shown).mean() < 1.0
     if center:
         assert abs(top - (whole.height - 32) / 2) <= 0.5 and abs(left - (whole.width - 32) / 2) <= 0.5
@@ -177,7 +176,8 @@ def test_random_views_reach_both_ends_and_flips_mirror():
     assert {view.left for view in views} == set(range(97)) and {view.top for view in views} == {0}
     assert 0.4 < np.mean([view.flip for view in views]) < 0.6
     image = coordinates(32, 32)
-    plain, mirrored = (script.render_view(image, script.View(flip, 0, 0), 32) for flip in (0, 1))
+    views = [script.View(flip, 0, 0) for flip in (False, True)]
+    plain, mirrored = (script.render_view(image, None, view, 32)["pixel_values"] for view in views)
     assert torch.equal(plain.flip(-1), mirrored) and not torch.equal(plain, mirrored)
 
 
@@ -185,7 +185,7 @@ def test_extreme_shapes_cost_no_more_than_their_crop():
     for size in [(1, 1), (1, 5000), (20000, 3)]:
         image = Image.new("RGB", size, "red")
         view = script.draw_view(size, data_options(), np.random.default_rng(0))
-        pixels = script.render_view(image, view, 32)
+        pixels = script.render_view(image, None, view, 32)["pixel_values"]
         assert pixels.shape == (3, 32, 32) and (pixels[0] == 1).all()
 
 

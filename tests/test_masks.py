@@ -108,7 +108,7 @@ def shown_view(examples, position: int, folder) -> torch.Tensor:
     rng.integers(1)  # the prompt
     mask = Image.open(folder / "masks" / f"{index}.png")
     view = script.draw_view(mask.size, examples.args, rng, mask)
-    return script.render_mask(mask, view, 64)["mask"]
+    return script.render_view(mask.convert("RGB"), mask, view, 64)["mask"]
 
 
 @pytest.mark.parametrize("module", [script, train_dti_sana])

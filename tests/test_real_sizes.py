@@ -58,7 +58,7 @@ def check_a_step(script, model, widths, latent_shape):
     assert [tuple(token.parameter.shape) for token in model.tokens] == [(1, width) for width in widths]
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
     batch = {"pixel_values": pixels, "prompt": ["a photo of <new> on grass"]}
-    batch |= {k: v[None] for k, v in script.size_conditioning((64, 64), script.View(False, 0, 0), 64).items()}
+    batch["time_ids"] = torch.tensor([[64, 64, 0, 0, 64, 64]]).float()
     latents = model.encode_images(pixels)
     assert all(x.shape == latent_shape and x.isfinite().all() for x in latents.values())
 

@@ -351,7 +351,7 @@ def test_the_cache_keeps_the_posterior_and_the_vae_leaves(small, options):
     view = cache[0][0]
     top, left = (int(n) for n in view["time_ids"][2:4])
     image = script.open_image(photographs[0]["image"])
-    pixels = script.render_view(image, script.View(False, top, left), 64)
+    pixels = script.render_view(image, None, script.View(False, top, left), 64)["pixel_values"]
     with torch.no_grad():
         posterior = model.vae.encode(pixels[None]).latent_dist
     torch.testing.assert_close(view["mean"], posterior.mean[0] * 0.13025)
