@@ -518,8 +518,6 @@ def check_options(model) -> None:
         raise UserError("Give --initializer_token (the class word, such as dog) or --init_embedding.")
     if args.initializer_token is None and args.init == "contextual":
         raise UserError("--init contextual needs --initializer_token.")
-    if args.init_embedding is not None and args.init == "contextual":
-        raise UserError("--init contextual and --init_embedding both say where to start: leave one out.")
     if args.resolution % step:
         fits = max(args.resolution // step, 1) * step
         raise UserError(f"--resolution {args.resolution} is not a multiple of {step}: try {fits}.")
@@ -1025,8 +1023,7 @@ class Adapters:
 
     def __init__(self, denoiser: torch.nn.Module, args: argparse.Namespace, seed: int):
         self.denoiser, self.start_step = denoiser, args.lora_start_step
-        rate = args.lora_learning_rate
-        self.description = f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {rate:g}"
+        self.description = f"rank {args.rank}, alpha {args.lora_alpha:g}, learning rate {args.lora_learning_rate:g}"
         torch.manual_seed(seed)  # independent of what loading the models has drawn
         denoiser.add_adapter(lora_config(args))
         denoiser.train(args.lora_dropout > 0)
@@ -1036,16 +1033,12 @@ class Adapters:
         adamw = {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=args.lora_learning_rate, **adamw)
 
-    def open(self, steps_done: int) -> None:
-        """Compute gradients from step --lora_start_step + 1 on."""
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(steps_done >= self.start_step)
-
-    def step(self, accelerator: Accelerator, schedule: float) -> None:
+    def step(self, accelerator: Accelerator, steps_done: int, schedule: float) -> None:
         """One step on the gradients averaged over the processes; `schedule` is the share of the learning rate now due."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not gradients:
+        if steps_done < self.start_step:
+            self.optimizer.zero_grad()
             return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if accelerator.num_processes > 1:
             mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
             for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
@@ -2846,23 +2839,18 @@ class Training:
         self.history = History(model)
         self.losses = []  # since the last log entry
         self.overflows = 0
-        self.open_adapters()
-
-    def open_adapters(self) -> None:
-        if self.adapters:
-            self.adapters.open(self.lr_scheduler.last_epoch)
 
     def step(self) -> None:
         """One optimization step, on the gradients averaged over the processes before the projection."""
         for token in self.tokens:  # a few kilobytes: no DDP
             token.parameter.grad = self.accelerator.reduce(token.parameter.grad, reduction="mean")
         if self.adapters:
-            self.adapters.step(self.accelerator, self.lr_scheduler.get_last_lr()[0] / self.lr_scheduler.base_lrs[0])
+            schedule = self.lr_scheduler.get_last_lr()[0] / self.lr_scheduler.base_lrs[0]
+            self.adapters.step(self.accelerator, self.lr_scheduler.last_epoch, schedule)
         self.scaled_optimizer.step()
         self.scaled_optimizer.zero_grad()
         self.lr_scheduler.step()
         self.overflows += self.scaled_optimizer.step_was_skipped
-        self.open_adapters()
 
     def mean_losses(self) -> torch.Tensor:
         """The losses since the last log entry, one a micro-batch, averaged over the processes."""
@@ -2906,7 +2894,6 @@ class Training:
             group["lr"] = rate
         if self.adapters:
             self.adapters.resume(checkpoint.tensors)
-            self.open_adapters()
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.overflows = checkpoint.state["overflows"]
@@ -2984,12 +2971,6 @@ class ForgivingStream:
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
-
-
-# Copied from train_dti_sdxl.forgive_output
-def forgive_output() -> None:
-    """Let no print and no log message raise, this script's or a library's, whatever the terminal is."""
-    sys.stdout, sys.stderr = (x and ForgivingStream(x) for x in (sys.stdout, sys.stderr))
 
 
 # Copied from train_dti_sdxl.announce
@@ -3159,7 +3140,8 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
 # Copied from train_dti_sdxl.run
 def run(model_class: type) -> None:
     """Run `main`; a user's mistake ends in one line and status 1."""
-    forgive_output()
+    # No print and no log message raises, this script's or a library's, whatever the terminal is.
+    sys.stdout, sys.stderr = (x and ForgivingStream(x) for x in (sys.stdout, sys.stderr))
     interruption.listen()
     try:
         main(model_class=model_class)

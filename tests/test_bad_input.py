@@ -333,7 +333,7 @@ CASES = [
     ({"report_to": "trackio"}, "--report_to trackio needs `pip install trackio`"),
     ({"adam_beta2": 1}, "--adam_beta2 1 must be below 1"),
     ({"initializer_token": None, "init_embedding": "@wide", "init": "contextual"}, "--init contextual needs"),
-    ({"init_embedding": "@wide", "init": "contextual"}, "--init contextual and --init_embedding both say"),
+    ({"init_embedding": "@wide", "init": "contextual"}, "--init contextual has no effect beside --init_embedding"),
     ({"init_embedding": "@other_keys"}, "has the keys a, b: it needs clip_l and clip_g, or exactly one"),
     (
         {"init_embedding": "@many_keys"},

@@ -190,7 +190,7 @@ def test_where_the_adapters_are(train):
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same(train, tmp_path):
-    """With the step in which the adapters join in, for which the blocks are compiled once more."""
+    """With the step in which the adapters join in."""
     run = {"rank": 2, "lora_start_step": 2}
     plain, compiled = train(**run, output_dir=tmp_path / "plain"), train("--compile", **run)
     for file in ("learned_embeds.safetensors", FILE):
