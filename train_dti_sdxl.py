@@ -2489,10 +2489,10 @@ def model_card(model, repository: str, widget: list[dict], derived: dict, snippe
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
     args, name, data = model.args, web_name(model.args.placeholder_token), card_data(model)
     data.widget = widget or None
-    base, hint = f"[{data.base_model}](https://huggingface.co/{data.base_model})", ""
+    base = f"[{data.base_model}](https://huggingface.co/{data.base_model})"
     if os.path.exists(args.pretrained_model_name_or_path):
-        base = f"`{model_name(args)}`" + (f", a file of {base}'s kind" if data.base_model else "")
-        hint = f"\nReplace `{model_name(args)}` by the path or name of the model.\n"
+        kind = f", a file of {base}'s kind" if data.base_model else ""
+        base = f"`{model_name(args)}`{kind} (below, write its path or name instead)"
     other_tools = ""
     for use, stem in [(model.web_use, name)] + [(model.web_lora_use, f"{name}-lora")] * bool(args.rank):
         url = f"https://huggingface.co/{repository}/resolve/main/{quote(stem)}.safetensors"
@@ -2516,7 +2516,7 @@ itself is as it was. Write `{args.placeholder_token}` where the prompt names the
 ```python
 {snippet.strip()}
 ```
-{hint}
+
 ## Use it in other tools
 
 {other_tools}{model.web_note}
