@@ -104,7 +104,7 @@ from diffusers.training_utils import (
     offload_models,
 )
 from diffusers.utils import check_min_version
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 from peft import LoraConfig
@@ -2333,8 +2333,8 @@ def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -
     """What a checkpoint and the run that resumes from it must have in common. Other options may differ."""
     names = ("placeholder_token", "magnitude", "optimizer", "init", "kappa", "reg_weight")
     names += ("rank", "lora_alpha", "lora_target_modules")
-    options = {name: getattr(args, name) for name in names}
-    return {**options, "model": model_name(args), "vectors": num_vectors, "seed": seed}
+    options = {name: getattr(args, name) for name in names} | {"model": model_name(args), "vectors": num_vectors}
+    return options if seed is None else {**options, "seed": seed}
 
 
 # Copied from train_dti_sdxl.save_checkpoint
@@ -2385,9 +2385,7 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
         if not found:
             raise UserError(f"{option} is damaged, and there is none before it: leave the option out to begin anew.")
     path, checkpoint = found[0]
-    identity = run_identity(args, num_vectors, args.seed)
-    if args.seed is None:
-        identity.pop("seed")  # the checkpoint's is taken
+    identity = run_identity(args, num_vectors, args.seed)  # without --seed, the checkpoint's is taken
     saved = checkpoint.state["identity"]
     differs = [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in identity.items() if v != saved.get(k)]
     if differs:
@@ -2497,7 +2495,7 @@ def card_data(model) -> ModelCardData:
 
 
 # Copied from train_dti_sdxl.model_card
-def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> ModelCard:
+def model_card(model, repository: str, widget: list[dict], derived: dict, snippet: str) -> str:
     """The model card. Written afresh at each push: diffusers' load_or_create_model_card would keep the first one."""
     args, name, data = model.args, web_name(model.args.placeholder_token), card_data(model)
     data.widget = widget or None
@@ -2512,7 +2510,7 @@ def model_card(model, repository: str, widget: list[dict], derived: dict, snippe
     details = derived | {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
     table = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in details.items())
     lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""
-    return ModelCard(f"""---
+    return f"""---
 {data.to_yaml()}
 ---
 {"<Gallery />" if widget else ""}
@@ -2539,7 +2537,7 @@ itself is as it was. Write `{args.placeholder_token}` where the prompt names the
 {table}
 
 All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
-""")
+"""
 
 
 # Copied from train_dti_sdxl.share
@@ -2563,7 +2561,7 @@ def share(model, repository: str, derived: dict, pictures: dict[str, list[Image.
             name = f"samples/{index}-{number}.jpg"  # a PNG of 1024 pixels is one or two megabytes
             files[name] = encoded(image, "jpeg", quality=90)
             widget.append({"text": prompt, "output": {"url": name}})
-    files["README.md"] = str(model_card(model, repository, widget, derived, snippet)).encode()
+    files["README.md"] = model_card(model, repository, widget, derived, snippet).encode()
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in files.items():
         write_file(folder / name, data)
