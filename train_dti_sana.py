@@ -304,7 +304,7 @@ def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentPa
     add("--caption_column", default=None, help="Column that holds the captions. Default: `text` of a folder's metadata file; no captions for --dataset_name.")
     add("--caption_extension", type=extension, default=None, help="Ending of the files with captions, each named as its photograph. Default: .txt or else .caption, where there is no metadata file.")
     add("--no_captions", **SWITCH, help="Train with the prompt templates though there are captions.")
-    add("--learnable_property", choices=["object", "style", "face"], default="object", help="Which of the built-in prompt templates to train with where there are no captions. face: of a person.")
+    add("--learnable_property", choices=list(TEMPLATES), default="object", help="Which of the built-in prompt templates to train with where there are no captions. face: of a person.")
     add("--prompt_templates", type=Path, default=None, help="File of prompt templates, one a line, with {} for the new word, instead of the built-in ones.")
     add("--mask_dir", type=Path, default=None, help="Folder with a mask for each photograph, of the same name, the subject white: the loss counts the subject.")
     add("--alpha_mask", **SWITCH, help="Take the photographs' own alpha channels for masks.")
@@ -1084,16 +1084,16 @@ ADDED_FORMATS = {
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as `datasets`' imagefolder names them
 CAPTION_EXTENSIONS = (".txt", ".caption")
 
-OBJECT_TEMPLATES = """
+TEMPLATES = {  # by --learnable_property
+    "object": """
 a photo of a {} | a photo of the {} | a photo of my {} | a photo of one {} | a picture of a {} | a picture of the {}
 a picture of my {} | a snapshot of a {} | a photograph showing the {} | a close-up photo of a {} | a sharp photo of the {}
 a blurry photo of a {} | a dim photo of the {} | a well lit photo of my {} | a cropped photo of a {} | a clean photo of the {}
 a high resolution photo of a {} | a low resolution picture of the {} | a studio shot of a {} | an amateur photo of my {}
 a photo of a {} seen from the front | a photo of the {} on display | an everyday photo of my {} | a colour photo of a {}
 a detailed image of the {}
-"""
-
-STYLE_TEMPLATES = """
+""",
+    "style": """
 a picture in the style of a {} | a picture in the style of the {} | a picture in the style of my {} | art in the {} style
 a painting in the style of a {} | a drawing in the style of the {} | an illustration in the style of a {}
 a rendering in the style of the {} | a detailed picture in the style of a {} | a simple picture in the style of the {}
@@ -1102,15 +1102,15 @@ a large picture in the style of the {} | a close-up in the style of a {} | a sce
 a landscape in the style of a {} | a portrait in the style of my {} | a still life in the style of a {}
 a cropped picture in the style of the {} | a fine picture in the {} style | a quick study in the style of a {}
 a composition in the style of my {} | an image in the style of a {} | a work in the style of the {}
-"""
-
-FACE_TEMPLATES = """
+""",
+    "face": """
 a photo of a {} | a photo of the {} | a photo of my {} | a portrait of a {} | a portrait of the {} | a portrait of my {}
 a close-up portrait of a {} | a close-up of the {} | a headshot of a {} | a headshot of my {} | a snapshot of the {}
 a picture of a {} | a picture of my {} | a photograph showing the {} | a cropped photo of a {} | a sharp photo of the {}
 a blurry photo of a {} | a dim photo of the {} | a well lit photo of my {} | a studio portrait of a {} | the face of a {}
 the face of the {} | an everyday photo of my {} | a colour photo of a {} | an amateur photo of the {}
-"""
+""",
+}
 
 
 # Copied from train_dti_sdxl.widen_pillow
@@ -1131,8 +1131,8 @@ widen_pillow()
 
 # Copied from train_dti_sdxl.built_in_templates
 def built_in_templates(learnable_property: str) -> list[str]:
-    text = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES, "face": FACE_TEMPLATES}[learnable_property]
-    return [template.strip() for line in text.strip().splitlines() for template in line.split("|")]
+    lines = TEMPLATES[learnable_property].strip().splitlines()
+    return [template.strip() for line in lines for template in line.split("|")]
 
 
 # Copied from train_dti_sdxl.read_templates
@@ -1196,15 +1196,6 @@ def missing_format(record: dict) -> str | None:
     return None
 
 
-# Copied from train_dti_sdxl.Caption
-@dataclass(frozen=True)
-class Caption:
-    """What is given as a photograph's caption (text of one or more lines, if it is valid), and its source for messages."""
-
-    caption: object
-    source: str
-
-
 # Copied from train_dti_sdxl.same_name
 def same_name(name: str) -> str:
     """A file name in the form for comparison: systems write an accented letter as one character or as two."""
@@ -1212,8 +1203,11 @@ def same_name(name: str) -> str:
 
 
 # Copied from train_dti_sdxl.read_captions
-def read_captions(images: list[Path], args: argparse.Namespace) -> list[Caption] | None:
-    """Each image's caption, by the metadata file or files beside the images; None without any. Raises UserError."""
+def read_captions(images: list[Path], args: argparse.Namespace) -> list[dict] | None:
+    """Each image's `caption` and its `source`, for messages, by the metadata file or files beside the images; or None.
+
+    A caption is text of one or more lines, which prompts_by_image checks. Raises UserError.
+    """
     if args.no_captions:
         return None
     folder = args.instance_data_dir
@@ -1251,7 +1245,7 @@ def caption_files(folder: Path, images: list[Path], ending: str) -> dict[str, Pa
 
 
 # Copied from train_dti_sdxl.read_files
-def read_files(files: dict[str, Path], images: list[Path], pattern: str) -> list[Caption]:
+def read_files(files: dict[str, Path], images: list[Path], pattern: str) -> list[dict]:
     """The images' captions, one file each. Raises UserError."""
     captions = []
     for image in images:
@@ -1260,14 +1254,14 @@ def read_files(files: dict[str, Path], images: list[Path], pattern: str) -> list
             name = pattern.replace("*", image.stem)
             raise UserError(f"{image} has no caption, and others have: write {name}, or add --no_captions.")
         try:
-            captions.append(Caption(path.read_text(encoding="utf-8-sig"), str(path)))
+            captions.append({"caption": path.read_text(encoding="utf-8-sig"), "source": str(path)})
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
     return captions
 
 
 # Copied from train_dti_sdxl.read_metadata
-def read_metadata(path: Path, images: list[Path], args: argparse.Namespace) -> list[Caption]:
+def read_metadata(path: Path, images: list[Path], args: argparse.Namespace) -> list[dict]:
     """The images' captions by the folder's metadata file, as `datasets`' imagefolder reads it. Raises UserError."""
     column, captions = args.caption_column or "text", {}
     rows = metadata_rows(path, column)
@@ -1286,8 +1280,8 @@ def read_metadata(path: Path, images: list[Path], args: argparse.Namespace) -> l
             raise UserError(f"{where}: the {key} is {row[key]!r}: write a photograph's name.")
         name = same_name(posixpath.normpath(row[key].replace("\\", "/")))
         if name in captions:
-            raise UserError(f"{where}: {row[key]!r} is there a second time, after {captions[name].source}.")
-        captions[name] = Caption(row[column], where)
+            raise UserError(f"{where}: {row[key]!r} is there a second time, after {captions[name]['source']}.")
+        captions[name] = {"caption": row[column], "source": where}
     here = [same_name(image.name) for image in images]
     if without := [name for name in here if name not in captions]:
         raise UserError(f"{path.parent}: the metadata file has no row for {without[0]!r}.")
@@ -1328,7 +1322,7 @@ def load_photographs(args: argparse.Namespace) -> Sequence[dict]:
     rows = [{"image": {"path": str(path), "bytes": None}} for path in images]
     captions = read_captions(images, args)
     if captions is not None:
-        rows = [row | vars(caption) for row, caption in zip(rows, captions, strict=True)]
+        rows = [row | caption for row, caption in zip(rows, captions, strict=True)]
     if args.mask_dir is not None:
         rows = [row | {"mask": mask} for row, mask in zip(rows, find_masks(images, args.mask_dir), strict=True)]
     for text in itertools.chain.from_iterable((row["image"]["path"], str(row.get("caption"))) for row in rows):
@@ -1560,39 +1554,34 @@ def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> l
         raise UserError(
             f"--learnable_property {kind} has no effect with captions: add --no_captions, or leave it out."
         )
-    rows, place = enumerate(photographs, 1), f"--dataset_name {args.dataset_name}, row"
-    captions = [Caption(row["caption"], row.get("source") or f"{place} {number}") for number, row in rows]
-    lines = [caption_lines(caption) for caption in captions]
-    check_new_word(captions, lines, args)
-    return [[line.replace("{}", args.placeholder_token) for line in each] for each in lines]
-
-
-# Copied from train_dti_sdxl.caption_lines
-def caption_lines(caption: Caption) -> list[str]:
-    """The lines of a caption; each step uses one. Raises UserError if it is not text."""
-    if not isinstance(caption.caption, str):
-        raise UserError(f"{caption.source}: the caption is {caption.caption!r}, which is not text: write one.")
-    lines = [line.strip() for line in caption.caption.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{caption.source}: the caption is empty: write one.")
-    return lines
+    captions = []
+    for number, row in enumerate(photographs, 1):
+        source = row.get("source") or f"--dataset_name {args.dataset_name}, row {number}"
+        if not isinstance(row["caption"], str):
+            raise UserError(f"{source}: the caption is {row['caption']!r}, which is not text: write one.")
+        lines = [line.strip() for line in row["caption"].splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"{source}: the caption is empty: write one.")
+        captions.append((source, lines))  # each step uses one of the lines
+    check_new_word(captions, args)
+    return [[line.replace("{}", args.placeholder_token) for line in lines] for _, lines in captions]
 
 
 # Copied from train_dti_sdxl.check_new_word
-def check_new_word(captions: list[Caption], lines: list[list[str]], args: argparse.Namespace) -> None:
-    """Check that every caption names the subject; the message says how. Raises UserError."""
-    all_lines = [(caption, line) for caption, each in zip(captions, lines, strict=True) for line in each]
-    without = [(c, line) for c, line in all_lines if "{}" not in line and args.placeholder_token not in line]
+def check_new_word(captions: list[tuple[str, list[str]]], args: argparse.Namespace) -> None:
+    """Check that every caption's lines name the subject; the message says how. Raises UserError."""
+    all_lines = [(source, line) for source, lines in captions for line in lines]
+    without = [(s, line) for s, line in all_lines if "{}" not in line and args.placeholder_token not in line]
     if not without:
         return
-    (caption, line), word, hint = without[0], args.initializer_token, ""
+    (source, line), word, hint = without[0], args.initializer_token, ""
     pattern = rf"\b{re.escape(word)}\b" if word else "(?!)"
     if len(without) == len(all_lines) and any(re.search(pattern, line, re.IGNORECASE) for _, line in all_lines):
         hint = f" None has. Where they say {word!r}, write {{}} instead"
-        if os.path.isfile(caption.source):  # a file for each
-            files = f"{shlex.quote(str(args.instance_data_dir))}/*{Path(caption.source).suffix}"
+        if os.path.isfile(source):  # a file for each
+            files = f"{shlex.quote(str(args.instance_data_dir))}/*{Path(source).suffix}"
             hint += f", by: perl -pi -e {shlex.quote(f's|{pattern}|{{}}|i')} {files}"
-    raise UserError(f"{caption.source}: the caption {line!r} has neither {{}} nor {args.placeholder_token!r}.{hint}")
+    raise UserError(f"{source}: the caption {line!r} has neither {{}} nor {args.placeholder_token!r}.{hint}")
 
 
 # Copied from train_dti_sdxl.check_prompts
@@ -2024,16 +2013,12 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
         if args.compile:
             for block in self.denoiser.transformer_blocks:  # diffusers' compile_repeated_blocks does not know SANA's
                 block.compile(fullgraph=True)
-        self.instruction, self.max_length = self.instruction_text(), args.max_sequence_length
+        self.instruction, self.max_length = args.complex_human_instruction or "", args.max_sequence_length
+        if self.instruction == "default":  # SanaPipeline's own
+            parameters = inspect.signature(SanaPipeline.__call__).parameters
+            self.instruction = "\n".join(parameters["complex_human_instruction"].default)
         if self.instruction:  # SanaPipeline's count: the instruction's, less its <bos> and the space before the prompt
             self.max_length += len(self.tokenizers[0].encode(self.instruction)) - 2
-
-    def instruction_text(self) -> str:
-        """What is put in front of every prompt: nothing, SanaPipeline's own instruction, or a text."""
-        if self.args.complex_human_instruction == "default":
-            parameters = inspect.signature(SanaPipeline.__call__).parameters
-            return "\n".join(parameters["complex_human_instruction"].default)
-        return self.args.complex_human_instruction or ""
 
     @staticmethod
     def to_pipeline_prompt(prompt: str, tokenizer) -> str:
@@ -2263,18 +2248,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     write_file(path, save(tensors, metadata={"format": "pt", **metadata, "modelspec.hash_sha256": f"0x{digest}"}))
 
 
-# Copied from train_dti_sdxl.to_kohya
-def to_kohya(state: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    """A denoiser's LoRA weights in the naming of kohya's scripts, `lora_unet_` whatever it is, with each layer's alpha."""
-    kohya = {}  # diffusers' convert_state_dict_to_kohya writes the rank for alpha
-    for key, x in state.items():
-        layer, letter = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
-        name = f"lora_unet_{layer.replace('.', '_')}"
-        kohya[f"{name}.lora_{'down' if letter == 'A' else 'up'}.weight"] = x.contiguous()
-        kohya[f"{name}.alpha"] = torch.tensor(float(alpha))
-    return kohya
-
-
 # Copied from train_dti_sdxl.save_adapters
 def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
     """Write the float32 LoRA weights for `pipe.load_lora_weights`, and in kohya's naming for the web tools."""
@@ -2286,10 +2259,16 @@ def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
         with safe_open(Path(folder) / LORA_FILE, "pt") as file:
             header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     save_tensors(tensors, args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), {**header, **metadata})
-    network = {"ss_network_dim": str(args.rank), "ss_network_alpha": f"{args.lora_alpha:g}"}
-    kohya_metadata = {**model.kohya_metadata, **network} if model.kohya_metadata else {}
-    web_file = args.output_dir / f"{web_name(args.placeholder_token)}-lora{suffix}.safetensors"
-    save_tensors(to_kohya(state, args.lora_alpha), web_file, {**metadata, **kohya_metadata})
+    kohya = {}  # diffusers' convert_state_dict_to_kohya writes the rank for alpha
+    for key, x in state.items():
+        layer, letter = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
+        layer = f"lora_unet_{layer.replace('.', '_')}"  # `unet` whatever the denoiser is
+        kohya[f"{layer}.lora_{'down' if letter == 'A' else 'up'}.weight"] = x.contiguous()
+        kohya[f"{layer}.alpha"] = torch.tensor(args.lora_alpha)
+    if model.kohya_metadata:
+        metadata = {**metadata, **model.kohya_metadata, "ss_network_dim": str(args.rank)}
+        metadata["ss_network_alpha"] = f"{args.lora_alpha:g}"
+    save_tensors(kohya, args.output_dir / f"{web_name(args.placeholder_token)}-lora{suffix}.safetensors", metadata)
 
 
 # Copied from train_dti_sdxl.save_result

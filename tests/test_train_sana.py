@@ -179,13 +179,9 @@ def test_conditioning_is_the_pipelines(train, small, models_seen, initializer, i
     torch.testing.assert_close(short[visible], expected[:, :length][visible], rtol=1e-4, atol=1e-5)
 
 
-def test_the_pipelines_own_instruction_is_selectable(options):
-    def text(option):
-        return script.Sana(
-            script.parse_args(options(complex_human_instruction=option), script.Sana)
-        ).instruction_text()
-
-    assert text(None) == "" and text("Draw: ") == "Draw: " and "User Prompt" in text("default")
+def test_the_pipelines_own_instruction_is_selectable(loaded):
+    given = {option: loaded(complex_human_instruction=option).instruction for option in (None, "Draw: ", "default")}
+    assert given[None] == "" and given["Draw: "] == "Draw: " and "User Prompt" in given["default"]
 
 
 def test_the_space_before_the_new_word_is_a_token_of_its_own_in_training_as_in_the_pipeline(train, small, models_seen):
