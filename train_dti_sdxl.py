@@ -2304,15 +2304,6 @@ def save_options(args: argparse.Namespace, derived: dict) -> None:
     write_file(args.output_dir / "training_options.json", f"{text}\n".encode())
 
 
-@dataclass
-class Checkpoint:
-    """Everything that training changes, after `step` steps: tensors (n, d) and smaller, and values for JSON."""
-
-    step: int
-    tensors: dict[str, torch.Tensor]
-    state: dict
-
-
 def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -> dict:
     """What a checkpoint and the run that resumes from it must have in common. Other options may differ."""
     names = ("placeholder_token", "magnitude", "optimizer", "init", "kappa", "reg_weight")
@@ -2321,32 +2312,31 @@ def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -
     return options if seed is None else {**options, "seed": seed}
 
 
-def save_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+def save_checkpoint(checkpoint: dict, args: argparse.Namespace) -> None:
     """Write checkpoint-<step>, with state.json last, which makes it whole; then remove the oldest beyond the limit."""
-    folder = args.output_dir / f"checkpoint-{checkpoint.step}"
+    folder = args.output_dir / f"checkpoint-{checkpoint['step']}"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-    write_file(folder / "state.safetensors", save(checkpoint.tensors))
-    state = {"step": checkpoint.step, "written": time.time_ns(), **checkpoint.state}
+    write_file(folder / "state.safetensors", save(checkpoint["tensors"]))
+    state = {name: x for name, x in checkpoint.items() if name != "tensors"} | {"written": time.time_ns()}
     write_file(folder / "state.json", json.dumps(state).encode())
     if args.checkpoints_total_limit is not None:
-        for old, _ in find_checkpoints(args.output_dir)[args.checkpoints_total_limit :]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in find_checkpoints(args.output_dir)[args.checkpoints_total_limit :]:
+            shutil.rmtree(old["folder"], ignore_errors=True)
 
 
-def find_checkpoints(output_dir: Path) -> list[tuple[Path, Checkpoint]]:
+def find_checkpoints(output_dir: Path) -> list[dict]:
     """The whole checkpoints of a folder, the last written first (the highest step may be an older run's)."""
     found = []
     for file in output_dir.glob("checkpoint-*/state.json"):
         try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-            tensors = load_file(file.with_name("state.safetensors"))
-            found.append((file.parent, Checkpoint(state["step"], tensors, state)))
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            state, tensors = json.loads(file.read_text("utf-8")), load_file(file.with_name("state.safetensors"))
+            found.append({**state, "tensors": tensors, "folder": file.parent})
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             logger.warning(f"{file.parent} is damaged and is skipped ({type(error).__name__}).")
-    return sorted(found, key=lambda pair: pair[1].state["written"], reverse=True)
+    return sorted(found, key=lambda checkpoint: checkpoint["written"], reverse=True)
 
 
-def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint | None:
+def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> dict | None:
     """The checkpoint to resume from, or None to start. Raises UserError if there is none, or if it is another run's."""
     option = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
     if args.resume_from_checkpoint is None:
@@ -2361,20 +2351,19 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> Checkpoint 
         if not named.is_dir():
             raise UserError(f"{option} does not exist: give a checkpoint's folder, or latest.")
         limit = int(re.sub(r"\D", "", named.name) or 0)
-        found = [pair for pair in find_checkpoints(named.parent) if pair[1].step <= limit]
-        found.sort(key=lambda pair: -pair[1].step)
+        found = [checkpoint for checkpoint in find_checkpoints(named.parent) if checkpoint["step"] <= limit]
+        found.sort(key=lambda checkpoint: -checkpoint["step"])
         if not found:
             raise UserError(f"{option} is damaged, and there is none before it: leave the option out to begin anew.")
-    path, checkpoint = found[0]
+    folder, step, saved = found[0]["folder"], found[0]["step"], found[0]["identity"]
     identity = run_identity(args, num_vectors, args.seed)  # without --seed, the checkpoint's is taken
-    saved = checkpoint.state["identity"]
     differs = [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in identity.items() if v != saved.get(k)]
     if differs:
-        raise UserError(f"{option}: {path} is of another run: {'; '.join(differs)}.")
-    if checkpoint.step > args.max_train_steps:
-        raise UserError(f"{path} is beyond --max_train_steps {args.max_train_steps}: give at least {checkpoint.step}.")
-    logger.info(f"Going on from {path}")
-    return checkpoint
+        raise UserError(f"{option}: {folder} is of another run: {'; '.join(differs)}.")
+    if step > args.max_train_steps:
+        raise UserError(f"{folder} is beyond --max_train_steps {args.max_train_steps}: give at least {step}.")
+    logger.info(f"Going on from {folder}")
+    return found[0]
 
 
 def from_first(decide: Callable, accelerator: Accelerator):
@@ -2399,8 +2388,7 @@ def check_sharing_options(model) -> None:
     try:
         validate_repo_id(args.hub_model_id or args.output_dir.resolve().name)
     except HFValidationError as error:
-        said = "--hub_model_id" if args.hub_model_id else "--push_to_hub: --output_dir's name"
-        raise UserError(f"{said} cannot name a repository: {one_line(error)} Give a --hub_model_id.") from None
+        raise UserError(f"--push_to_hub: {one_line(error)} Give another --hub_model_id or --output_dir.") from None
     folder = args.output_dir / "hub"
     if folder.exists() and not (folder / "training_options.json").is_file():  # no earlier push has left it
         raise UserError(f"--push_to_hub gathers its files in {folder}, which holds others: move them or --output_dir.")
@@ -2738,9 +2726,9 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def choose_seed(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
+def choose_seed(args: argparse.Namespace, checkpoint: dict | None) -> int:
     """--seed, the checkpoint's, or a fresh one that all processes share."""
-    seed = args.seed if checkpoint is None else checkpoint.state["identity"]["seed"]
+    seed = args.seed if checkpoint is None else checkpoint["identity"]["seed"]
     shared = [secrets.randbits(32) if seed is None else seed]
     broadcast_object_list(shared)
     set_seed(shared[0])
@@ -2815,8 +2803,8 @@ class Training:
         losses = torch.stack(self.losses) if self.losses else torch.zeros(0, device=self.accelerator.device)
         return self.accelerator.reduce(losses, reduction="mean")
 
-    def checkpoint(self, step: int, identity: dict) -> Checkpoint:
-        """The state after `step` steps. All processes must call it."""
+    def checkpoint(self, step: int, identity: dict) -> dict:
+        """The state after `step` steps: `tensors` (n, d) and smaller, and values for JSON. All processes must call it."""
         tensors = {f"parameter.{i}": token.parameter.detach() for i, token in enumerate(self.tokens)}
         tensors |= {f"start.{i}": token.start for i, token in enumerate(self.tokens)}
         tensors |= {f"previous.{i}": rows for i, rows in enumerate(self.history.previous)}
@@ -2825,41 +2813,41 @@ class Training:
         tensors |= self.adapters.tensors() if self.adapters else {}
         tensors["losses"] = self.mean_losses()
         schedule = self.lr_scheduler.state_dict()
-        state = {
+        return {
+            "step": step,
             "identity": identity,
+            "tensors": {name: x.cpu().clone().contiguous() for name, x in tensors.items()},
             "lr_scheduler": {name: schedule[name] for name in ("last_epoch", "_step_count", "_last_lr")},
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "overflows": int(self.overflows),
             "entries": self.history.entries,
             "seconds": time.perf_counter() - self.history.start_time,
         }
-        return Checkpoint(step, {name: x.cpu().clone().contiguous() for name, x in tensors.items()}, state)
 
     @torch.no_grad()
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def resume(self, checkpoint: dict) -> None:
         """Load the state of a checkpoint. Raises UserError if it is another model's."""
+        tensors = checkpoint["tensors"]
         for i, token in enumerate(self.tokens):
-            if not torch.equal(checkpoint.tensors[f"start.{i}"], token.start.cpu()):
+            if not torch.equal(tensors[f"start.{i}"], token.start.cpu()):
                 raise UserError("--resume_from_checkpoint: it began elsewhere, with another model or initializer.")
-            token.parameter.copy_(checkpoint.tensors[f"parameter.{i}"])
+            token.parameter.copy_(tensors[f"parameter.{i}"])
+            self.history.previous[i].copy_(tensors[f"previous.{i}"])
             state, device = self.optimizer.state[token.parameter], token.start.device
-            for name, x in checkpoint.tensors.items():
+            for name, x in tensors.items():
                 if name.startswith(f"optimizer.{i}."):
                     key = name.split(".", 2)[2]
                     state[key] = x if key == "step" else x.to(device)
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **checkpoint.state["lr_scheduler"]})
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **checkpoint["lr_scheduler"]})
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.adapters:
-            self.adapters.resume(checkpoint.tensors)
+            self.adapters.resume(tensors)
         if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        self.overflows = checkpoint.state["overflows"]
-        self.losses = list(checkpoint.tensors["losses"].to(self.accelerator.device))
-        self.history.entries = checkpoint.state["entries"]
-        self.history.start_time = time.perf_counter() - checkpoint.state["seconds"]
-        for i, previous in enumerate(self.history.previous):
-            previous.copy_(checkpoint.tensors[f"previous.{i}"])
+            self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
+        self.overflows, self.history.entries = checkpoint["overflows"], checkpoint["entries"]
+        self.losses = list(tensors["losses"].to(self.accelerator.device))
+        self.history.start_time = time.perf_counter() - checkpoint["seconds"]
 
 
 class Interruption:
@@ -3007,7 +2995,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     training, first_step = Training(model, adapters, accelerator), 1
     if checkpoint is not None:
         training.resume(checkpoint)
-        first_step = checkpoint.step + 1
+        first_step = checkpoint["step"] + 1
 
     # Data.
     if cache is None:
@@ -3060,7 +3048,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         if step % args.logging_steps == 0 or last:
             log(training, step, learning_rate, progress)
         if step % args.checkpointing_steps == 0 or last or stop:
-            state = training.checkpoint(step, identity)
+            state = training.checkpoint(step, identity)  # all processes take part
             if accelerator.is_main_process:
                 save_checkpoint(state, args)
         if stop:

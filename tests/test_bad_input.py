@@ -477,7 +477,7 @@ ELSEWHERE = [
     " is beyond --max_train_steps ",
     ", which holds others: move them or --output_dir.",
     "--push_to_hub: ",
-    " cannot name a repository: ",
+    " Give another --hub_model_id or --output_dir.",
     " is public: make it private or give another --hub_model_id.",
     ": the Hub does not accept the model card: ",
     ". Nothing is lost, all files are in ",

@@ -279,9 +279,13 @@ def test_no_network_is_said_before_any_weight_loads(trainer, train, no_weights, 
 @pytest.mark.parametrize(
     "flags, changes, message",
     [
-        ("--push_to_hub", {"hub_model_id": "me/my/dog"}, "--hub_model_id cannot name a repository: .*'me/my/dog'"),
-        ("--push_to_hub", {"hub_model_id": "me/my dog"}, "--hub_model_id cannot name a repository: .*'me/my dog'"),
-        ("--push_to_hub", {"output_dir": "my dog"}, "--output_dir's name cannot name .*'my dog'.*--hub_model_id"),
+        ("--push_to_hub", {"hub_model_id": "me/my/dog"}, "--push_to_hub: .*'me/my/dog'.* Give another --hub_model_id"),
+        ("--push_to_hub", {"hub_model_id": "me/my dog"}, "--push_to_hub: .*'me/my dog'. Give another --hub_model_id"),
+        (
+            "--push_to_hub",
+            {"output_dir": "my dog"},
+            "--push_to_hub: .*'my dog'. Give another --hub_model_id or --output_dir",
+        ),
         ("--hub_private_repo", {}, "--hub_private_repo has no effect without --push_to_hub"),
         ("", {"license": "mit"}, "--license mit has no effect without --push_to_hub: add that, or"),
         ("", {"hub_model_id": "me/my-dog"}, "--hub_model_id me/my-dog has no effect without --push_to_hub"),

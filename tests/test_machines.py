@@ -26,7 +26,7 @@ sys.argv.append("--output_dir=" + {out!r} + os.environ["RANK"])
 original = train_dti_sdxl.Training.resume
 def resume(self, checkpoint):
     original(self, checkpoint)
-    print("from", checkpoint.step, flush=True)
+    print("from", checkpoint["step"], flush=True)
 train_dti_sdxl.Training.resume = resume
 train_dti_sdxl.run(train_dti_sdxl.MODEL_CLASS)
 """
