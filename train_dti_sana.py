@@ -2180,10 +2180,8 @@ def web_name(placeholder: str) -> str:
 # Copied from train_dti_sdxl.name_notes
 def name_notes(model) -> list[str]:
     """One line for each tool that cannot use the new word as it is, with a better word proposed."""
-    word, name = model.args.placeholder_token, web_name(model.args.placeholder_token)
-    ascii_text = unicodedata.normalize("NFKD", model.args.initializer_token or word).encode("ascii", "ignore").decode()
-    better = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-").removeprefix("my-")
-    notes = []
+    word, name, notes = model.args.placeholder_token, web_name(model.args.placeholder_token), []
+    better = re.sub(r"[^a-z0-9]+", "-", (model.args.initializer_token or name).lower()).strip("-").removeprefix("my-")
     if word not in (name, f"<{name}>"):
         notes.append(f"no file can have this name on every system, so the web tools' word is {name}")
     for pattern, note in model.web_limits:
