@@ -2378,23 +2378,6 @@ def from_first(decide: Callable, accelerator: Accelerator):
     return outcome[0]
 
 
-def check_sharing_options(model) -> None:
-    """Check what --push_to_hub needs, without asking the Hub. Raises UserError."""
-    args = model.args
-    if not args.push_to_hub:
-        return
-    try:
-        validate_repo_id(args.hub_model_id or args.output_dir.resolve().name)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub: {one_line(error)} Give another --hub_model_id or --output_dir.") from None
-    folder = args.output_dir / "hub"
-    if folder.exists() and not (folder / "training_options.json").is_file():  # no earlier push has left it
-        raise UserError(f"--push_to_hub gathers its files in {folder}, which holds others: move them or --output_dir.")
-    for path in model.hub_code.values():
-        if not path.is_file():
-            raise UserError(f"--push_to_hub uploads {path}, which is missing: take it from where this script is from.")
-
-
 def one_line(error: Exception) -> str:
     """The first line of an error's message, in the Hub's own words if it gave any."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
@@ -2417,10 +2400,16 @@ def hub_problem(error: Exception, repository: str) -> str:
 
 
 def open_repository(model) -> str:
-    """Log in, create the repository unless it exists, and check that it is writable. Returns its id. Raises UserError."""
-    args, api = model.args, HfApi(token=model.args.hub_token)
+    """Create the Hub's repository unless it exists, and check that it can be pushed to. Returns its id. Raises UserError."""
+    args, api, folder = model.args, HfApi(token=model.args.hub_token), model.args.output_dir / "hub"
+    if folder.exists() and not (folder / "training_options.json").is_file():  # no earlier push has left it
+        raise UserError(f"--push_to_hub gathers its files in {folder}, which holds others: move them or --output_dir.")
+    for path in model.hub_code.values():
+        if not path.is_file():
+            raise UserError(f"--push_to_hub uploads {path}, which is missing: take it from where this script is from.")
     repository = args.hub_model_id or args.output_dir.resolve().name  # without an account, the token's
     try:
+        validate_repo_id(repository)
         account = api.whoami()["name"]
         repository = repository if "/" in repository else f"{account}/{repository}"
         api.create_repo(repository, private=args.hub_private_repo or None, exist_ok=True)
@@ -2430,6 +2419,8 @@ def open_repository(model) -> str:
         private = api.model_info(repository).private
         card = {"repoType": "model", "content": f"---\n{card_data(model).to_yaml()}\n---\n"}
         verdict = get_session().post(f"{api.endpoint}/api/validate-yaml", json=card)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub: {one_line(error)} Give another --hub_model_id or --output_dir.") from None
     except Exception as error:  # huggingface_hub's versions have two HTTP libraries, whose errors have no common class
         raise UserError(f"--push_to_hub: {hub_problem(error, repository)}.") from None
     if args.hub_private_repo and not private:
@@ -2508,7 +2499,7 @@ def share(model, repository: str, derived: dict, pictures: dict[str, list[Image.
     for name, value in content["options"].items():  # of a path only the last part, so that local folders stay private
         if isinstance(value, str) and (isinstance(getattr(args, name), Path) or os.path.exists(value)):
             content["options"][name] = os.path.basename(os.path.abspath(value))
-    # First, for check_sharing_options knows by it that the folder is a push's, also of one that was killed on the way.
+    # First, for open_repository knows by it that the folder is a push's, also of one that was killed on the way.
     files = {"training_options.json": f"{json.dumps(content, indent=2)}\n".encode()}
     lora_files = [LORA_FILE, f"{word}-lora.safetensors"]
     names = [f"{name}.safetensors" for name in (*model.embedding_files, word)] + lora_files * bool(args.rank)
@@ -2958,7 +2949,6 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     args = parse_args(argv, model_class)
     model = model_class(args)
     check_options(model)
-    check_sharing_options(model)
     refuse_idle(model, argv)
     accelerator = start_accelerator(args)
     scale_learning_rate(args, accelerator)
