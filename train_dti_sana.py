@@ -2166,14 +2166,12 @@ WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\
 
 # Copied from train_dti_sdxl.web_name
 def web_name(placeholder: str) -> str:
-    """The placeholder without its angle brackets, as a file name: the web tools take the file's name for the word.
-
-    Where that cannot be a file name on every system, digits of its hash keep it apart from other placeholders' names.
-    """
+    """The placeholder without its angle brackets, as a file name: the web tools take the file's name for the word."""
     bare = placeholder[1:-1] if placeholder.startswith("<") and placeholder.endswith(">") else placeholder
     name = re.sub(r"[^\w.+-]+", "", bare).strip(".")
     if name and name == bare and not WINDOWS_DEVICES.fullmatch(name):
         return name
+    # Not every system takes the whole of it: digits of the hash keep it apart from what is left of other placeholders.
     return f"{name.replace('.', '-') or 'word'}-{hashlib.sha256(placeholder.encode()).hexdigest()[:6]}"
 
 
