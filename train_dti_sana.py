@@ -2434,8 +2434,9 @@ def open_repository(model) -> str:
 def card_data(model) -> ModelCardData:
     """The head of the model card, which the Hub's search and gallery read."""
     args, base = model.args, model.args.pretrained_model_name_or_path
-    if os.path.isfile(base):  # the model that it is configured as
-        base = args.single_file_config or model.single_file_base
+    if os.path.isfile(base):  # the model on the Hub that it is configured as
+        config = args.single_file_config
+        base = config if config and not os.path.exists(config) else model.single_file_base
     return ModelCardData(
         library_name="diffusers",
         base_model=None if os.path.exists(base) else base,
