@@ -424,7 +424,7 @@ CASES = [
         "--preset paper has no effect where each of max_train_steps, learning_rate, lr_scheduler, magnitude is given",
     ),
     ({"config": "@idle.toml"}, "--lora_dropout 0.1 has no effect without --rank"),
-    ({"hub_model_id": "me/my-pot"}, "--hub_model_id says how to push and --push_to_hub is not given"),
+    ({"hub_model_id": "me/my-pot"}, "--hub_model_id me/my-pot has no effect without --push_to_hub: add that"),
     ({"instance_data_dir": None, "dataset_name": "@image_missing"}, "A row of the data set has no image"),
     ({"instance_data_dir": None, "dataset_name": "@empty_set"}, "--dataset_name .*empty_set cannot be loaded"),
 ]
