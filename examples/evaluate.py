@@ -149,12 +149,15 @@ def check_options(args: argparse.Namespace) -> None:
 OUTPUTS = "pictures references sheets report.md scores.csv evaluation.json scatter.png".split()
 
 
-def check_output_dir(folder: Path) -> None:
-    """Make the folder, or check that this script made it: other files are never overwritten. Raises UserError."""
-    mark = folder / ".evaluation"
+def check_output_dir(folder: Path, mark: str = ".evaluation", outputs: Iterable[str] = OUTPUTS) -> None:
+    """Make the folder, or check that this script made it: other files are never overwritten. Raises UserError.
+
+    Another script that writes such a folder has a mark and outputs of its own.
+    """
+    mark = folder / mark
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = [] if mark.exists() else [name for name in OUTPUTS if (folder / name).exists()]
+        foreign = [] if mark.exists() else [name for name in outputs if (folder / name).exists()]
         if foreign:
             raise UserError(
                 f"--output_dir {folder} has a {foreign[0]} that this script did not write: choose another folder."

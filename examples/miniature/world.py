@@ -364,9 +364,9 @@ def _pattern(side, pattern, colour, colour2):
     return tile
 
 
-def draw_subject(canvas, subject, x, y):
-    """Outline, patterned body, light and shadow in photos, eyes."""
-    r = SIZES[subject.size]
+def draw_subject(canvas, subject, x, y, r=None):
+    """Outline, patterned body, light and shadow in photos, eyes. `r` replaces the radius of the subject's size."""
+    r = r or SIZES[subject.size]
     polygons = place_outline(subject.shape, x, y, r)
     for polygon in polygons:
         canvas.polygon(polygon, INK, outline=True)
