@@ -11,8 +11,8 @@ repeated name gives further runs of a method, which are averaged.
 Two subjects are drawn in prompts of this world's grammar, "a {0} left of a small {1}", each of the two once as the large
 object and once as the small one. An attribute *arrives* if its own object has it. It *leaks* if the object has the other
 subject's instead, where the two differ; a colour that both have is no leak. The classifiers read all attributes of the large
-object, and shape and colour of the small one. The world's small objects are plain, so a small object's pattern and eyes are
-read in an enlarged crop, and its second colour is not read. A subject and a style are drawn in "a picture in the style of a
+object, and shape and colour of the small one. The world's small objects are plain: a small object's pattern and eyes are read
+in an enlarged crop, and only the table by attribute has them. A subject and a style are drawn in "a picture in the style of a
 {1} of a {0}".
 
 Every method is drawn in three forms: the learned words alone, each with its class word after it, and with the small object
@@ -344,7 +344,7 @@ def arrived_and_leaked(read: dict[str, str], own: dict[str, str], other: dict[st
         if name in ("colour", "colour2"):
             if foreign := colours(other) - colours(own):
                 leaked[name] = word in foreign
-        elif other.get(name, own[name]) != own[name]:
+        elif other.get(name, own[name]) not in (own[name], "none"):  # what the other does not have cannot leak
             leaked[name] = word == other[name]
     return arrived, leaked
 
@@ -376,7 +376,7 @@ def count(labels: dict[str, str], order: tuple[str, str], stated: dict[str, str]
 # ----------------------------------------------------------------------------------------------------------------------
 
 RENDERED = 3  # scenes of each prompt
-TRUE, PLAIN, SWAPPED = "as the prompt says", "the small one plain", "the two swapped"
+TRUE, PATTERNED, SWAPPED = "as the prompt says", "the small one patterned too", "the two swapped"
 
 
 def rendered_scene(order: tuple[str, str], stated: dict[str, str], kind: str, seed: int) -> Image.Image:
@@ -392,7 +392,7 @@ def rendered_scene(order: tuple[str, str], stated: dict[str, str], kind: str, se
         return world.render(scene if kind == SWAPPED else in_style, seed)
     large, small = (second, first) if kind == SWAPPED else (first, second)
     scene = world.replace(scene, subject=large.subject, other=(small.subject.shape, small.subject.colour))
-    if kind == PLAIN:
+    if kind != PATTERNED:
         return world.render(scene, seed)
     # The world's own second objects are plain. This draws the small subject itself over one.
     rng, canvas = world.generator(seed, "picture"), world.Canvas(scene.style)
@@ -406,7 +406,7 @@ def rendered_records(pairs: list[tuple[str, str]], classifiers) -> list[dict]:
     """Records of rendered scenes, whose truth is known, as `count` makes them of drawn pictures."""
     records = []
     for order in itertools.chain(*map(orders, pairs)):
-        for kind in (TRUE, SWAPPED) if is_style(order[1]) else (TRUE, PLAIN, SWAPPED):
+        for kind in (TRUE, SWAPPED) if is_style(order[1]) else (TRUE, PATTERNED, SWAPPED):
             jobs = [(prompt, seed) for prompt in prompts_of(order) for seed in range(RENDERED)]
             scenes = [rendered_scene(order, p.states, kind, seed) for p, seed in jobs]
             labels = read_labels(classifiers, scenes, [prompt for prompt, _ in jobs])
@@ -426,13 +426,16 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+COUNTED = {"large": LARGE, "small": ("shape", "colour"), "subject": LARGE, "style": STYLE}
+
+
 def share(records: list[dict], measure: str, part: str = "") -> dict:
     """The share of a part's attributes that arrived or leaked, or of `said` or `drawn`, with an interval over prompts."""
     groups = {}
     for record in records:
         values = record.get(measure)
         if isinstance(values, dict):
-            values = mean(value for name, value in values.items() if name.startswith(f"{part} "))
+            values = mean(values[f"{part} {name}"] for name in COUNTED[part] if f"{part} {name}" in values)
         if values is not None:
             groups.setdefault((*record["order"], record["prompt"]), []).append(values)
     return interval(mean(values) for values in groups.values())
