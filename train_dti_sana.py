@@ -286,6 +286,7 @@ def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentPa
     add("--placeholder_token", required=True, help='The new word, such as "<my-dog>". It must not be in the vocabulary.')
     add("--initializer_token", default=None, help='The class word, such as dog. A text of several tokens ("stuffed animal") gives one vector each.')
     add("--num_vectors", type=number(int, 1), default=None, help="Vectors of the new token. Default: as many as the initializer has tokens; with more, the initializer repeats.")
+    add("--further_word", action="append", default=[], metavar="WORD=CLASS", help='A further new word and its class word, such as "<my-cat>=cat", for photographs that show several subjects: all words are trained together, and the captions name them. Its files are in a folder of its own. May be given several times.')
     add("--init_embedding", type=Path, default=None, help="Continue from a finished embedding: a folder or file of this script's or of diffusers' (learned_embeds*.safetensors), or a clip_l/clip_g file.")
 
     add = parser.add_argument_group("LoRA beside the new word, by PEFT").add_argument
@@ -526,10 +527,41 @@ def check_options(model) -> None:
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report_to {args.report_to} needs `pip install {args.report_to}` (or --report_to none).")
     for prompt in args.validation_prompt:
-        if "{}" not in prompt and args.placeholder_token not in prompt:
+        if not any(word in prompt for word in ("{}", *new_words(args))):
             raise UserError(f"--validation_prompt {prompt!r} has neither {{}} nor {args.placeholder_token!r} in it.")
     check_apart(args.output_dir, args.instance_data_dir or Path(args.dataset_name))
     check_output_dir(args.output_dir)
+    check_further_words(args)
+
+
+# Copied from train_dti_sdxl.new_words
+def new_words(args: argparse.Namespace) -> dict[str, str | None]:
+    """The new words with their class words: --placeholder_token, then each --further_word."""
+    further = [text.rpartition("=")[::2] for text in args.further_word]
+    return {args.placeholder_token: args.initializer_token, **dict(further)}
+
+
+# Copied from train_dti_sdxl.word_folder
+def word_folder(word: str, args: argparse.Namespace) -> Path:
+    """Where a new word's files are written: diffusers' names are the same for every word."""
+    return args.output_dir if word == args.placeholder_token else args.output_dir / web_name(word)
+
+
+# Copied from train_dti_sdxl.check_further_words
+def check_further_words(args: argparse.Namespace) -> None:
+    """Check that further words can be told apart, and that the rest of the run is made for several. Raises UserError."""
+    for text in args.further_word:
+        if not all(part.strip() for part in text.rpartition("=")[::2]):
+            raise UserError(f'--further_word {text!r} is not WORD=CLASS: write, for instance, "<my-cat>=cat".')
+    for name in ("init_embedding", "push_to_hub"):
+        if args.further_word and getattr(args, name):
+            raise UserError(f"--{name} is for one word: leave it out, or --further_word.")
+    names = [web_name(args.placeholder_token), *(web_name(text.rpartition("=")[0]) for text in args.further_word)]
+    for text, name in zip(args.further_word, names[1:], strict=True):
+        if [other.lower() for other in names].count(name.lower()) > 1:
+            raise UserError(f"--further_word {text!r}: another new word has the same file name: choose another.")
+    for word in list(new_words(args))[1:]:
+        check_output_dir(word_folder(word, args))
 
 
 # Copied from train_dti_sdxl.check_data_options
@@ -819,7 +851,7 @@ class TokenAdamW(torch.optim.AdamW):
 # Copied from train_dti_sdxl.LearnedToken
 @dataclass
 class LearnedToken:
-    """The new word's embedding for one text encoder: all that is trained.
+    """The new words' embeddings for one text encoder, mostly of a single word: all that is trained.
 
     Attributes:
         first_id: token id of the first vector; the others follow it.
@@ -827,6 +859,7 @@ class LearnedToken:
         parameter: (n, d) float32; the directions v as unit rows, or the embeddings e themselves where the norm is free.
         prior_mean: (n, d) mu, unit rows.
         start: (n, d) e(0), the embeddings before training.
+        counts: the number of vectors of each new word; they follow one another in the rows.
     """
 
     first_id: int
@@ -834,6 +867,7 @@ class LearnedToken:
     parameter: torch.nn.Parameter
     prior_mean: torch.Tensor
     start: torch.Tensor
+    counts: Sequence[int]
 
     def embedding(self) -> torch.Tensor:
         """e = m* v, (n, d) float32, differentiable."""
@@ -893,9 +927,9 @@ def initializer_ids(tokenizer, initializer: str) -> list[int]:
 
 
 # Copied from train_dti_sdxl.add_placeholder
-def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int) -> int:
-    """Add the new word to the tokenizer and return its first token id. Raises UserError for a name that does not work."""
-    option = f"--placeholder_token {placeholder!r}"
+def add_placeholder(model, tokenizer, placeholder: str, num_vectors: int, option: str = "--placeholder_token") -> int:
+    """Add a new word to the tokenizer and return its first token id. Raises UserError for a name that does not work."""
+    option = f"{option} {placeholder!r}"
     if not placeholder.strip():
         raise UserError(f'{option} is empty: give a new word, such as "<my-dog>".')
     if re.search(r"\s", placeholder):
@@ -986,14 +1020,16 @@ def read_warm_start(model, path: Path, widths: list[int]) -> list[torch.Tensor]:
 
 # Copied from train_dti_sdxl.make_token
 @torch.no_grad()
-def make_token(encoder, tokenizer, first_id: int, count: int, warm_start: torch.Tensor | None, args) -> LearnedToken:
+def make_token(
+    encoder, tokenizer, first_id: int, counts: Sequence[int], warm_start: torch.Tensor | None, args
+) -> LearnedToken:
     """Compute m*, mu and the start from the frozen encoder, and put the new rows behind its vocabulary."""
     vocabulary = encoder.get_input_embeddings()
     magnitude = vocabulary_magnitude(vocabulary.weight, args.magnitude)
     start = warm_start
     if args.initializer_token is not None:
-        rows = initial_embedding(encoder, tokenizer, args.initializer_token, args.init)
-        initializer = rows[torch.arange(count) % len(rows)]
+        rows = [initial_embedding(encoder, tokenizer, word, args.init) for word in new_words(args).values()]
+        initializer = torch.cat([x[torch.arange(n) % len(x)] for x, n in zip(rows, counts, strict=True)])
         start = initializer if warm_start is None else warm_start
     start = start.to(encoder.device, torch.float32)
     # mu is the class word wherever one is given, so that a warm start is still pulled towards it.
@@ -1001,7 +1037,7 @@ def make_token(encoder, tokenizer, first_id: int, count: int, warm_start: torch.
     if magnitude is not None:
         start = magnitude * normalize(start)
     parameter = torch.nn.Parameter(start.clone() if magnitude is None else normalize(start))
-    token = LearnedToken(first_id, magnitude, parameter, prior_mean, start)
+    token = LearnedToken(first_id, magnitude, parameter, prior_mean, start, counts)
     encoder.set_input_embeddings(ExtendedEmbedding(vocabulary, token, on_cpu=args.base_precision == "int8"))
     return token
 
@@ -1547,6 +1583,10 @@ def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> l
     """For each photograph the prompts that it may be trained with: its caption, or all templates. Raises UserError."""
     path, kind = args.prompt_templates, args.learnable_property
     if "caption" not in photographs[0]:
+        if args.further_word:
+            raise UserError(
+                f"--further_word {args.further_word[0]!r} needs captions that say which photograph shows which word."
+            )
         templates = read_templates(path) if path else built_in_templates(kind)
         prompts = [template.replace("{}", args.placeholder_token) for template in templates]
         return [prompts] * len(photographs)
@@ -1569,9 +1609,13 @@ def prompts_by_image(photographs: Sequence[dict], args: argparse.Namespace) -> l
 
 # Copied from train_dti_sdxl.check_new_word
 def check_new_word(captions: list[tuple[str, list[str]]], args: argparse.Namespace) -> None:
-    """Check that every caption's lines name the subject; the message says how. Raises UserError."""
+    """Check that every caption's lines name a subject, and that each has a line; the message says how. Raises UserError."""
     all_lines = [(source, line) for source, lines in captions for line in lines]
-    without = [(s, line) for s, line in all_lines if "{}" not in line and args.placeholder_token not in line]
+    words = list(new_words(args))
+    for word in words[1:]:
+        if not any(word in line for _, line in all_lines):
+            raise UserError(f"--further_word {word!r}: no caption names it: write {word} where a photograph shows it.")
+    without = [(s, line) for s, line in all_lines if not any(word in line for word in ("{}", *words))]
     if not without:
         return
     (source, line), word, hint = without[0], args.initializer_token, ""
@@ -1581,23 +1625,28 @@ def check_new_word(captions: list[tuple[str, list[str]]], args: argparse.Namespa
         if os.path.isfile(source):  # a file for each
             files = f"{shlex.quote(str(args.instance_data_dir))}/*{Path(source).suffix}"
             hint += f", by: perl -pi -e {shlex.quote(f's|{pattern}|{{}}|i')} {files}"
-    raise UserError(f"{source}: the caption {line!r} has neither {{}} nor {args.placeholder_token!r}.{hint}")
+    named = " nor ".join(map(repr, words))
+    raise UserError(f"{source}: the caption {line!r} has neither {{}} nor {named}.{hint}")
 
 
 # Copied from train_dti_sdxl.check_prompts
-def check_prompts(model, prompts: list[list[str]], num_vectors: int) -> None:
-    """Check that no prompt is so long that the new word is cut off; warn about other cuts. Raises UserError."""
+def check_prompts(model, prompts: list[list[str]], counts: Sequence[int]) -> None:
+    """Check that no prompt is so long that a new word is cut off; warn about other cuts. Raises UserError."""
     distinct, cut = dict.fromkeys(itertools.chain.from_iterable(prompts)), set()
     for prompt in distinct:
         for tokenizer in model.tokenizers:
             text = model.to_pipeline_prompt(prompt, tokenizer)
-            ids = tokenizer(text, truncation=True).input_ids
-            cut |= {prompt} if len(tokenizer(text).input_ids) > len(ids) else set()
-            if sum(token_id >= len(tokenizer) - num_vectors for token_id in ids) < num_vectors:
-                raise UserError(
-                    f"The encoders read {tokenizer.model_max_length} tokens, and the new word is not among them in"
-                    f" {prompt!r}: shorten it (or --num_vectors, now {num_vectors})."
-                )
+            ids, whole = tokenizer(text, truncation=True).input_ids, tokenizer(text).input_ids
+            cut |= {prompt} if len(whole) > len(ids) else set()
+            first_id = len(tokenizer) - sum(counts)
+            for count in counts:
+                own, first_id = range(first_id, first_id + count), first_id + count
+                named = len(counts) == 1 or own[0] in whole
+                if named and sum(token_id in own for token_id in ids) < count:
+                    raise UserError(
+                        f"The encoders read {tokenizer.model_max_length} tokens, and the new word is not among them in"
+                        f" {prompt!r}: shorten it (or --num_vectors, now {count})."
+                    )
     if cut:
         read = min(tokenizer.model_max_length for tokenizer in model.tokenizers)
         logger.warning(f"{len(cut)} of {len(distinct)} prompts are cut at the {read} tokens that the encoders read.")
@@ -2196,9 +2245,9 @@ def model_name(args: argparse.Namespace) -> str:
 
 
 # Copied from train_dti_sdxl.file_metadata
-def file_metadata(model, step: int, about: dict[str, str], lora: bool = False) -> dict[str, str]:
+def file_metadata(model, step: int, about: dict[str, str], word: str, lora: bool = False) -> dict[str, str]:
     """A file's header for model sites and people, by the modelspec standard; `about` adds to it."""
-    args, word, name = model.args, model.args.placeholder_token, web_name(model.args.placeholder_token)
+    args, name, initializer = model.args, web_name(word), new_words(model.args)[word]
     base = model_name(args)
     what = f"LoRA weights for {base}, trained with {word}" if lora else f"{word}, a new word for {base}, learned"
     hint = f"Write {word} in the prompt{model.web_spelling.format(name=name)}."
@@ -2215,7 +2264,7 @@ def file_metadata(model, step: int, about: dict[str, str], lora: bool = False) -
         "dti.base_model": base,
         "dti.steps": str(step),
         **{f"dti.{k}": str(getattr(args, k)) for k in METHOD_OPTIONS},
-        **({"dti.initializer_token": args.initializer_token} if args.initializer_token else {}),
+        **({"dti.initializer_token": initializer} if initializer else {}),
     }
 
 
@@ -2269,17 +2318,23 @@ def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
 
 # Copied from train_dti_sdxl.save_result
 def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> None:
-    """Write each encoder's (n, d) float32 embeddings for diffusers, all of them for the web tools, and the adapters."""
-    args, metadata, word = model.args, file_metadata(model, step, about), web_name(model.args.placeholder_token)
-    rows = [token.embedding().detach().cpu().clone() for token in model.tokens]
-    for name, embedding in zip(model.embedding_files, rows, strict=True):
-        save_tensors({args.placeholder_token: embedding}, args.output_dir / f"{name}{suffix}.safetensors", metadata)
-    web_file = args.output_dir / f"{word}{suffix}.safetensors"
-    save_tensors(dict(zip(model.web_keys, rows, strict=True)), web_file, metadata)
+    """Write each encoder's (n, d) float32 embeddings for diffusers, all of them for the web tools, and the adapters.
+
+    A further word has its own files.
+    """
+    args, first_word = model.args, model.args.placeholder_token
+    parts = [token.embedding().detach().cpu().split(list(token.counts)) for token in model.tokens]
+    for word, *rows in zip(new_words(args), *parts, strict=True):
+        folder, metadata = word_folder(word, args), file_metadata(model, step, about, word)
+        rows = [embedding.clone() for embedding in rows]
+        for name, embedding in zip(model.embedding_files, rows, strict=True):
+            save_tensors({word: embedding}, folder / f"{name}{suffix}.safetensors", metadata)
+        web_file = folder / f"{web_name(word)}{suffix}.safetensors"
+        save_tensors(dict(zip(model.web_keys, rows, strict=True)), web_file, metadata)
     if args.rank:
-        save_adapters(model, file_metadata(model, step, about, lora=True), suffix)
+        save_adapters(model, file_metadata(model, step, about, first_word, lora=True), suffix)
     elif not suffix:
-        for name in (LORA_FILE, f"{word}-lora.safetensors"):  # an earlier run's
+        for name in (LORA_FILE, f"{web_name(first_word)}-lora.safetensors"):  # an earlier run's
             (args.output_dir / name).unlink(missing_ok=True)
 
 
@@ -2294,11 +2349,12 @@ def save_options(args: argparse.Namespace, derived: dict) -> None:
 
 
 # Copied from train_dti_sdxl.run_identity
-def run_identity(args: argparse.Namespace, num_vectors: int, seed: int | None) -> dict:
+def run_identity(args: argparse.Namespace, counts: Sequence[int], seed: int | None) -> dict:
     """What a checkpoint and the run that resumes from it must have in common. Other options may differ."""
     names = ("placeholder_token", "magnitude", "optimizer", "init", "kappa", "reg_weight")
     names += ("rank", "lora_alpha", "lora_target_modules")
-    options = {name: getattr(args, name) for name in names} | {"model": model_name(args), "vectors": num_vectors}
+    options = {name: getattr(args, name) for name in names} | {"model": model_name(args), "vectors": sum(counts)}
+    options |= {"further_word": args.further_word} if args.further_word else {}  # older checkpoints have none
     return options if seed is None else {**options, "seed": seed}
 
 
@@ -2322,14 +2378,14 @@ def find_checkpoints(output_dir: Path) -> list[dict]:
     for file in output_dir.glob("checkpoint-*/state.json"):
         try:
             state, tensors = json.loads(file.read_text("utf-8")), load_file(file.with_name("state.safetensors"))
-            found.append({**state, "tensors": tensors, "folder": file.parent})
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            found.append({**state, "step": state["step"], "tensors": tensors, "folder": file.parent})
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             logger.warning(f"{file.parent} is damaged and is skipped ({type(error).__name__}).")
     return sorted(found, key=lambda checkpoint: checkpoint["written"], reverse=True)
 
 
 # Copied from train_dti_sdxl.choose_checkpoint
-def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> dict | None:
+def choose_checkpoint(args: argparse.Namespace, counts: Sequence[int]) -> dict | None:
     """The checkpoint to resume from, or None to start. Raises UserError if there is none, or if it is another run's."""
     option = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
     if args.resume_from_checkpoint is None:
@@ -2349,7 +2405,7 @@ def choose_checkpoint(args: argparse.Namespace, num_vectors: int) -> dict | None
         if not found:
             raise UserError(f"{option} is damaged, and there is none before it: leave the option out to begin anew.")
     folder, step, saved = found[0]["folder"], found[0]["step"], found[0]["identity"]
-    identity = run_identity(args, num_vectors, args.seed)  # without --seed, the checkpoint's is taken
+    identity = run_identity(args, counts, args.seed)  # without --seed, the checkpoint's is taken
     differs = [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in identity.items() if v != saved.get(k)]
     if differs:
         raise UserError(f"{option}: {folder} is of another run: {'; '.join(differs)}.")
@@ -2738,27 +2794,30 @@ def choose_seed(args: argparse.Namespace, checkpoint: dict | None) -> int:
 
 
 # Copied from train_dti_sdxl.prepare_placeholder
-def prepare_placeholder(model) -> tuple[int, list[int], list[torch.Tensor | None]]:
-    """Settle the number of vectors and add the new word to the tokenizers, before any weight loads.
+def prepare_placeholder(model) -> tuple[list[int], list[int], list[torch.Tensor | None]]:
+    """Settle the number of vectors and add the new words to the tokenizers, before any weight loads.
 
-    Returns that number, the new word's first id in each tokenizer, and each encoder's warm start. Raises UserError.
+    Returns that number for each word, the first new id in each tokenizer, and each encoder's warm start. Raises UserError.
     """
     args, tokenizers = model.args, model.tokenizers
-    warm_start, count = [None] * len(tokenizers), args.num_vectors
+    warm_start, counts = [None] * len(tokenizers), []
     if args.initializer_token is not None:
-        count = count or max(len(initializer_ids(tokenizer, args.initializer_token)) for tokenizer in tokenizers)
+        for word in new_words(args).values():
+            counts.append(args.num_vectors or max(len(initializer_ids(tokenizer, word)) for tokenizer in tokenizers))
     if args.init_embedding is not None:
         with missing_parts_as_user_errors(args):
             folder = model_folder(model)
             configs = [AutoConfig.from_pretrained(folder, subfolder=name) for name in model.text_encoder_names]
         warm_start = read_warm_start(model, args.init_embedding, [config.hidden_size for config in configs])
-        count = len(warm_start[0])
-        if args.num_vectors not in (None, count):
-            raise UserError(f"--num_vectors {args.num_vectors}, but --init_embedding has {count}: leave one out.")
-    first_ids = [add_placeholder(model, tokenizer, args.placeholder_token, count) for tokenizer in tokenizers]
+        counts = [len(warm_start[0])]
+        if args.num_vectors not in (None, *counts):
+            raise UserError(f"--num_vectors {args.num_vectors}, but --init_embedding has {counts[0]}: leave one out.")
+    options = ["--placeholder_token", *["--further_word"] * len(args.further_word)]
+    words = list(zip(new_words(args), counts, options, strict=True))
+    first_ids = [[add_placeholder(model, tokenizer, *word) for word in words][0] for tokenizer in tokenizers]
     for note in name_notes(model):
         logger.warning(note)
-    return count, first_ids, warm_start
+    return counts, first_ids, warm_start
 
 
 # Copied from train_dti_sdxl.make_optimizer
@@ -2978,14 +3037,14 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     check_model(model)
     check_lora_targets(model)
     model.load_tokenizers()
-    num_vectors, first_ids, warm_start = prepare_placeholder(model)
+    counts, first_ids, warm_start = prepare_placeholder(model)
     photographs = load_photographs(args)
     prompts = prompts_by_image(photographs, args)
-    check_prompts(model, prompts, num_vectors)
+    check_prompts(model, prompts, counts)
     check_images(photographs, args.resolution)
     check_masks(photographs, args)
     repository = from_first(lambda: open_repository(model), accelerator) if args.push_to_hub else None
-    checkpoint = from_first(lambda: choose_checkpoint(args, num_vectors), accelerator)
+    checkpoint = from_first(lambda: choose_checkpoint(args, counts), accelerator)
     seed = choose_seed(args, checkpoint)
 
     # The model, frozen. While the photographs are encoded, the VAE is alone on the device.
@@ -2994,10 +3053,10 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     model.load(dtype)
     cache = cache_latents(model, photographs, seed, accelerator) if args.cache_latents else None
 
-    # The new word: all that is trained, except for adapters.
+    # The new words: all that is trained, except for adapters.
     parts = zip(model.text_encoders, model.tokenizers, first_ids, warm_start, strict=True)
     for encoder, tokenizer, first_id, rows in parts:
-        model.tokens.append(make_token(encoder.to(device), tokenizer, first_id, num_vectors, rows, args))
+        model.tokens.append(make_token(encoder.to(device), tokenizer, first_id, counts, rows, args))
         encoder.to(dtype)
     model.denoiser.to(device)
 
@@ -3018,7 +3077,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     derived = {
         "photographs": len(photographs),
         "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
-        "vectors": num_vectors,
+        "vectors": sum(counts),
         "web_file": f"{web_name(args.placeholder_token)}.safetensors",
         "lora": adapters.description if adapters else "none",
         "magnitudes": [token.magnitude or "free" for token in model.tokens],
@@ -3035,7 +3094,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
 
     # Loop.
     about = {"modelspec.author": repository.split("/")[0]} if repository else {}
-    identity = run_identity(args, num_vectors, seed)
+    identity = run_identity(args, counts, seed)
     steps = range(first_step, args.max_train_steps + 1)
     progress = tqdm(
         steps, "Steps", disable=not accelerator.is_main_process, initial=first_step - 1, total=args.max_train_steps

@@ -132,7 +132,7 @@ def load(script, args: argparse.Namespace):
         first_id = script.add_placeholder(model, tokenizer, args.placeholder_token, 1)
         vocabulary = encoder.get_input_embeddings()
         rows = torch.empty(1, vocabulary.weight.shape[1], device=META)
-        model.tokens.append(script.LearnedToken(first_id, 1.0, torch.nn.Parameter(rows), rows, rows))
+        model.tokens.append(script.LearnedToken(first_id, 1.0, torch.nn.Parameter(rows), rows, rows, [1]))
         encoder.set_input_embeddings(script.ExtendedEmbedding(vocabulary, model.tokens[-1]))
         encoder.to(dtype)
     return model

@@ -153,10 +153,10 @@ def loaded(trainer, options):
     def load(*flags: str, **changes):
         model = trainer.MODEL_CLASS(trainer.parse_args(options(*flags, **changes), trainer.MODEL_CLASS))
         model.load_tokenizers()
-        count, first_ids, _ = trainer.prepare_placeholder(model)
+        counts, first_ids, _ = trainer.prepare_placeholder(model)
         model.load(torch.float32)
         for encoder, tokenizer, first_id in zip(model.text_encoders, model.tokenizers, first_ids, strict=True):
-            model.tokens.append(trainer.make_token(encoder, tokenizer, first_id, count, None, model.args))
+            model.tokens.append(trainer.make_token(encoder, tokenizer, first_id, counts, None, model.args))
             encoder.float()
         return model
 

@@ -260,6 +260,6 @@ def test_a_data_set_s_captions(tmp_path, caplog):
 
 def test_captions_that_are_cut_are_a_warning(loaded, caplog):
     model = loaded()
-    count = len(model.tokens[0].parameter)
-    script.check_prompts(model, [["a <my-pot>"], ["a <my-pot> " + "very " * 90]], count)
+    counts = [len(model.tokens[0].parameter)]
+    script.check_prompts(model, [["a <my-pot>"], ["a <my-pot> " + "very " * 90]], counts)
     assert warnings(caplog) == ["1 of 2 prompts are cut at the 77 tokens that the encoders read."]

@@ -33,6 +33,7 @@ def data_options(folder=None, **changes) -> argparse.Namespace:
         "prompt_templates": None,
         "learnable_property": "object",
         "placeholder_token": "<new>",
+        "further_word": [],
         "resolution": 32,
         "center_crop": False,
         "random_flip": False,

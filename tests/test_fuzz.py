@@ -572,7 +572,7 @@ def test_captions_of_any_length(examples, small):
     @passes(examples)
     @given(text=st.lists(st.one_of(words, st.just("<x>"), st.just("<x>_1")), max_size=60).map(" ".join))
     def check(text):
-        message(script.check_prompts, model, [[text]], 2)
+        message(script.check_prompts, model, [[text]], [2])
 
     check()
 

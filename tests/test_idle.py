@@ -18,8 +18,8 @@ ALWAYS = {
         seed max_train_steps train_batch_size gradient_accumulation_steps lr_scheduler checkpointing_steps
         checkpoints_total_limit resume_from_checkpoint validation_prompt logging_steps report_to push_to_hub pooling
         max_sequence_length complex_human_instruction weighting_scheme""",
-    "are refused by check_options, or what they need is": """scale_lr num_vectors init_embedding dataset_name
-        caption_column caption_extension no_captions prompt_templates mask_dir alpha_mask mask_background hub_model_id
+    "are refused by check_options, or what they need is": """scale_lr num_vectors further_word init_embedding
+        dataset_name caption_column caption_extension no_captions prompt_templates mask_dir alpha_mask mask_background hub_model_id
         hub_private_repo license""",
     "are no setting: a token that nothing asks for does no harm": "hub_token",
 }

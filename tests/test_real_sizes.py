@@ -19,7 +19,10 @@ pytestmark = pytest.mark.slow
 
 
 def token_options() -> argparse.Namespace:
-    return argparse.Namespace(magnitude="mean", init="token", initializer_token="teapot", optimizer="rsgd", kappa=1e-4)
+    return argparse.Namespace(
+        magnitude="mean", init="token", placeholder_token="<new>", initializer_token="teapot", further_word=[],
+        optimizer="rsgd", kappa=1e-4,
+    )  # fmt: skip
 
 
 # One layer a block, or two where fewer would leave a kind of layer out.
@@ -54,7 +57,7 @@ def check_a_step(script, model, widths, latent_shape):
     model.load_tokenizers()
     for encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
         first_id = script.add_placeholder(model, tokenizer, "<new>", 1)
-        model.tokens.append(script.make_token(encoder, tokenizer, first_id, 1, None, model.args))
+        model.tokens.append(script.make_token(encoder, tokenizer, first_id, [1], None, model.args))
     assert [tuple(token.parameter.shape) for token in model.tokens] == [(1, width) for width in widths]
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
     batch = {"pixel_values": pixels, "prompt": ["a photo of <new> on grass"]}

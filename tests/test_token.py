@@ -26,13 +26,15 @@ def encoder(small):
 
 def token_options(**changes) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"magnitude": "mean", "init": "token", "initializer_token": "teapot", "base_precision": "auto"} | changes
+        **{"magnitude": "mean", "init": "token", "initializer_token": "teapot", "base_precision": "auto"}
+        | {"placeholder_token": "<new>", "further_word": []}
+        | changes
     )
 
 
 def make(encoder, tokenizer, num_vectors=1, warm_start=None, **changes):
     first_id = script.add_placeholder(MODEL, tokenizer, "<new>", num_vectors)
-    return script.make_token(encoder, tokenizer, first_id, num_vectors, warm_start, token_options(**changes))
+    return script.make_token(encoder, tokenizer, first_id, [num_vectors], warm_start, token_options(**changes))
 
 
 @pytest.mark.parametrize("name", ["", " ", "my dog", "dog", "<|endoftext|>", "a\tb"])
