@@ -246,7 +246,7 @@ IDLE = {
 
 def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=f"Teach a {model_class.pipeline_class.__name__} a new word by Directional Textual Inversion (DTI).",
+        description=f"Teach a {model_class.pipeline_class.__name__} a new word by {model_class.method_name}.",
         usage="%(prog)s [options] (--help explains them)",  # the generated one would bury an error message
         allow_abbrev=False,
         add_help=add_help,
@@ -345,6 +345,7 @@ def make_parser(model_class: type, add_help: bool = True) -> argparse.ArgumentPa
     add("--hub_private_repo", **SWITCH, help="Create a private repository.")
     add("--license", default=None, help="License that the model card states, by the Hub's identifier, such as cc-by-4.0. Default: none is stated.")
     # fmt: on
+    parser.set_defaults(**model_class.defaults)
     return parser
 
 
@@ -1836,6 +1837,8 @@ class StableDiffusionXL:
         tokens: the new word's embedding for each text encoder; `main` adds them.
     """
 
+    method_name = "Directional Textual Inversion (DTI)"
+    defaults = {}  # of options that the script defines, where they differ
     pipeline_class = StableDiffusionXLPipeline
     pipeline_options = {"add_watermarker": False}  # arguments of its constructor besides its parts
     # For a user who runs the wrong script.
@@ -1928,6 +1931,16 @@ The LoRA weights for these tools are [`{file}`]({url}).
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.tokens = args, []
+
+    def make_token(self, encoder, tokenizer, first_id: int, counts: Sequence[int], warm_start) -> LearnedToken:
+        """What is trained in a text encoder. A subclass may learn the word in another form."""
+        return make_token(encoder, tokenizer, first_id, counts, warm_start, self.args)
+
+    def after_step(self, step: int) -> None:
+        """Does nothing. A subclass may change the word here."""
+
+    def save_result(self, step: int, about: dict[str, str], suffix: str = "") -> None:
+        save_result(self, step, about, suffix)
 
     # fmt: off
     @staticmethod
@@ -2147,6 +2160,16 @@ The LoRA weights for these tools are [`{file}`]({url}).
         added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
         return self.denoiser(noisy.to(pooled.dtype), timesteps, prompt_embeds, added_cond_kwargs=added).sample
 
+    def make_pipeline(self, scheduler: DDIMScheduler) -> DiffusionPipeline:
+        """The stock pipeline of the training's parts, without a VAE: latents need none on the device."""
+        names = (*self.tokenizer_names, *self.text_encoder_names)
+        parts = dict(zip(names, (*self.tokenizers, *self.text_encoders), strict=True))
+        parts |= {"vae": None, self.denoiser_name: self.denoiser, "scheduler": scheduler}
+        pipeline = self.pipeline_class(**parts, **self.pipeline_options)
+        pipeline.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # without a VAE it takes 8
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     @torch.no_grad()
     def sample_latents(self, prompt: str, negative_prompt: str | None, seed: int) -> list[torch.Tensor]:
         """Sample the prompt with DDIM, pooled at the end token. Draws from its own generators only.
@@ -2157,14 +2180,7 @@ The LoRA weights for these tools are [`{file}`]({url}).
         options = {"clip_sample": False, "set_alpha_to_one": False}
         if self.noise_scheduler.config.rescale_betas_zero_snr:
             options["timestep_spacing"] = "trailing"  # from noise alone, as the last step was trained
-        scheduler = DDIMScheduler.from_config(self.noise_scheduler.config, **options)
-        names = (*self.tokenizer_names, *self.text_encoder_names)
-        parts = dict(zip(names, (*self.tokenizers, *self.text_encoders), strict=True))
-        # Latents need no VAE on the device.
-        parts |= {"vae": None, self.denoiser_name: self.denoiser, "scheduler": scheduler}
-        pipeline = self.pipeline_class(**parts, **self.pipeline_options)
-        pipeline.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # without a VAE it takes 8
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = self.make_pipeline(DDIMScheduler.from_config(self.noise_scheduler.config, **options))
         latents = []
         for index in range(args.num_validation_images):
             with self.end_token_pooling():
@@ -2961,8 +2977,8 @@ class ForgivingStream:
             self.stream.flush()
 
 
-def announce(args: argparse.Namespace, derived: dict) -> None:
-    logger.info("***** Directional Textual Inversion *****")
+def announce(model, derived: dict) -> None:
+    logger.info(f"***** {model.method_name} *****")
     for name, value in derived.items():
         logger.info(f"  {name.replace('_', ' ')} = {value}")
 
@@ -3029,7 +3045,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     # The new words: all that is trained, except for adapters.
     parts = zip(model.text_encoders, model.tokenizers, first_ids, warm_start, strict=True)
     for encoder, tokenizer, first_id, rows in parts:
-        model.tokens.append(make_token(encoder.to(device), tokenizer, first_id, counts, rows, args))
+        model.tokens.append(model.make_token(encoder.to(device), tokenizer, first_id, counts, rows))
         encoder.to(dtype)
     model.denoiser.to(device)
 
@@ -3051,7 +3067,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         "photographs": len(photographs),
         "cached_views": sum(map(len, cache)) if cache is not None else "none, encoded at every step",
         "vectors": sum(counts),
-        "web_file": f"{web_name(args.placeholder_token)}.safetensors",
+        **({"web_file": f"{web_name(args.placeholder_token)}.safetensors"} if model.web_keys else {}),
         "lora": adapters.description if adapters else "none",
         "magnitudes": [token.magnitude or "free" for token in model.tokens],
         "total_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
@@ -3061,7 +3077,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         "seed": seed,
     }
     if accelerator.is_main_process:
-        announce(args, derived)
+        announce(model, derived)
         save_options(args, derived)
         accelerator.init_trackers("dti", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
@@ -3085,6 +3101,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
             accelerator.backward(loss / args.gradient_accumulation_steps)
         learning_rate = training.lr_scheduler.get_last_lr()[0]
         training.step()
+        model.after_step(step)
 
         last = step == args.max_train_steps
         stop = interruption.agreed(accelerator, step)
@@ -3097,7 +3114,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         if stop:
             leave(accelerator, step, args)
         if accelerator.is_main_process and args.save_steps and step % args.save_steps == 0 and not last:
-            save_result(model, step, about, suffix=f"-steps-{step}")
+            model.save_result(step, about, suffix=f"-steps-{step}")
         if accelerator.is_main_process and args.validation_prompt and step % args.validation_steps == 0 and not last:
             validate(model, accelerator, seed, step)
     interruption.in_loop = False
@@ -3106,12 +3123,12 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
     pictures = {}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_result(model, args.max_train_steps, about)
+        model.save_result(args.max_train_steps, about)
         training.history.plot(args.output_dir / "training_curves.png")
         if args.validation_prompt:
             pictures = validate(model, accelerator, seed, args.max_train_steps)
             about["modelspec.thumbnail"] = thumbnail(next(iter(pictures.values()))[0])
-            save_result(model, args.max_train_steps, about)  # as before, with the picture in the files' headers
+            model.save_result(args.max_train_steps, about)  # as before, with the picture in the files' headers
         report_skipped(training)
         print(f"\nSaved to {args.output_dir}. To use it:\n{model.loading_snippet(device, dtype)}")
     accelerator.end_training()
@@ -3119,7 +3136,7 @@ def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None
         share(model, repository, derived, pictures, model.loading_snippet(device, dtype, repository))
 
 
-def run(model_class: type) -> None:
+def run(model_class: type, main: Callable = main) -> None:
     """Run `main`; a user's mistake ends in one line and status 1."""
     # No print and no log message raises, this script's or a library's, whatever the terminal is.
     sys.stdout, sys.stderr = (x and ForgivingStream(x) for x in (sys.stdout, sys.stderr))

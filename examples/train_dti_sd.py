@@ -59,6 +59,7 @@ from train_dti_sdxl import main as train  # noqa: E402
 class StableDiffusion(StableDiffusionXL):
     """Stable Diffusion 1 and 2, their fine-tuned models included."""
 
+    defaults = {"resolution": 512}
     pipeline_class = StableDiffusionPipeline
     pipeline_options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     other_scripts = {"StableDiffusionXLPipeline": "train_dti_sdxl.py", "SanaPipeline": "train_dti_sana.py"}
@@ -77,7 +78,6 @@ class StableDiffusion(StableDiffusionXL):
     # fmt: off
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        parser.set_defaults(resolution=512)
         add = parser.add_argument_group("Stable Diffusion").add_argument
         StableDiffusionXL.add_schedule_options(add)
         add("--validation_inference_steps", type=number(int, 1), default=25, help="DDIM steps of a validation image.")
