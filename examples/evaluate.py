@@ -51,7 +51,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from export import Embedding, UserError, make_parser, markdown_table, read_embedding, renamed, run, write_files
+from baselines import read_word
+from export import Embedding, UserError, make_parser, markdown_table, renamed, run, write_files
 from generate import (
     LORA_FILE,
     add_model_options,
@@ -409,7 +410,7 @@ class Case:
     """An embedding to evaluate: one method for one subject.
 
     Attributes:
-        path: input of export.read_embedding.
+        path: input of baselines.read_word.
         instance_data_dir: folder of reference pictures.
         class_word: replaces the subject in the text score.
         prompts: a name in BUILT_IN, or a file.
@@ -507,7 +508,7 @@ def read_embeddings(cases: list[Case], args: argparse.Namespace) -> list[Embeddi
     Also fills `args` with the model family's defaults, as generate.py does. Raises UserError.
     """
     model, revision = configured_as(args.pretrained_model_name_or_path, args.single_file_config), args.revision
-    embeddings = [renamed(read_embedding(case.path), f"<subject-{i}>") for i, case in enumerate(cases)]
+    embeddings = [renamed(read_word(case.path), f"<subject-{i}>") for i, case in enumerate(cases)]
     family = model_family(model, revision)
     check_model_fits(model, revision, [case.path for case in cases], embeddings)
     for case in cases:

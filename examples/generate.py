@@ -9,7 +9,7 @@
     python examples/generate.py out/my-dog out/my-style --prompt "a picture of {0} in the style of {1}" \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --output_dir pictures
 
-An embedding is a run's output folder, or a file in any format that export.py reads. LoRA weights in the folder
+An embedding is a run's output folder, baselines.py's too, or a file in any format that export.py reads. LoRA weights in the folder
 (pytorch_lora_weights.safetensors) are loaded too. The model's model_index.json decides the pipeline.
 
 Sampling follows the paper: 50 DDIM steps for Stable Diffusion, 20 Euler steps at the model's flow shift for SANA. SDXL's
@@ -45,6 +45,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from baselines import Word, check_layers, install, read_word
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -62,7 +63,6 @@ from export import (
     UserError,
     check_output_dir,
     make_parser,
-    read_embedding,
     renamed,
     run,
     write_files,
@@ -274,11 +274,12 @@ def load_embeddings(pipe, embeddings: list[Embedding]) -> None:
     try:
         for name, encoder in encoders.items():
             tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
-            states = [{embedding.token: embedding.vectors[name]} for embedding in embeddings]
+            states = [{e.token: e.vectors[name]} for e in embeddings if not isinstance(e, Word)]
             if states:
                 pipe.load_textual_inversion(states, text_encoder=encoder, tokenizer=tokenizer)
     except ValueError as error:
         raise EmbeddingError(one_line(error)) from None
+    install(pipe, [embedding for embedding in embeddings if isinstance(embedding, Word)])
 
 
 def load_embedding(pipe, embedding: Embedding) -> None:
@@ -571,6 +572,7 @@ def check_model_fits(
     widths = {name: config.hidden_size for name, config in configs.items()}
     for source, embedding in zip(sources, embeddings, strict=True):
         check_fits(embedding, widths, source, model)
+        check_layers(embedding, folder, source, model)
     check_tokens(embeddings if words is None else words, tokenizers, family)
     return family, tokenizers
 
@@ -586,7 +588,7 @@ def note_long_prompts(prompts: list[str], tokenizers: list, family: str) -> None
 
 def read_embeddings(sources: list[Path], tokens: list[str] | None) -> list[Embedding]:
     """Read the embeddings, renamed if --token is given. Raises UserError."""
-    embeddings = [read_embedding(source) for source in sources]
+    embeddings = [read_word(source) for source in sources]
     if tokens is not None:
         if len(tokens) != len(embeddings):
             raise UserError(f"--token has {len(tokens)} words for {len(embeddings)} embeddings: give one for each.")
