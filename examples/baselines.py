@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from export import Embedding, EmbeddingError, find_file, read_embedding, read_state
+from export import Embedding, EmbeddingError, check_token, find_file, read_embedding, read_state
 from train_dti_sd import StableDiffusion
 
 
@@ -133,7 +133,8 @@ class Mapper(torch.nn.Module):
 class MappedWord(LearnedToken):
     """NeTI: the word as a `Mapper` gives it. `parameter` is (1, P), all weights of the network in one row.
 
-    As one row they pass through the script's optimizer, checkpoints and processes as an embedding does.
+    As one row they pass through the script's optimizer, checkpoints and processes as an embedding does. `start` holds the
+    random features, by which a checkpoint of another network is refused.
     """
 
     mapper: Mapper
@@ -233,7 +234,9 @@ class LayeredText:
     def __init__(self, encoder, words: list, layers: int):
         self.encoder, self.words, self.layers = encoder, words, layers
         self.first_id = min(word.first_id for word in words)
-        self.ids = self.table = self.kept = None
+        self.table = None  # the rows that the prompts in work read
+        self.ids = None  # of the pipeline's prompts, the negative ones first, as its UNet gets them
+        self.kept = None  # their text, where it is the same at every step
 
     def embedding(self) -> torch.Tensor:
         return self.table
@@ -268,13 +271,10 @@ class LayeredText:
         encode, unet = pipe.encode_prompt, pipe.unet
 
         def encode_prompt(prompt, device, num_images_per_prompt, guidance, negative_prompt=None, **options):
-            # The stock encoding is replaced where a word is, but its shape is used: any rows do.
+            # The stock encoding of a prompt with a word is replaced before it is used: any rows do.
             ids = max(word.first_id for word in self.words) - self.first_id + 1
-            self.table, self.kept, self.ids = (
-                torch.zeros(ids, self.encoder.config.hidden_size, device=device),
-                None,
-                None,
-            )
+            self.table = torch.zeros(ids, self.encoder.config.hidden_size, device=device)
+            self.ids = self.kept = None
             result = encode(prompt, device, num_images_per_prompt, guidance, negative_prompt, **options)
             if prompt is not None:
                 self.ids = self.tokenize(pipe, prompt, device)
@@ -372,8 +372,8 @@ class Baseline(StableDiffusion):
     def save_result(self, step: int, about: dict[str, str], suffix: str = "") -> None:
         """Write the word to one file, with placeholder, initializer and model in its header as train_dti_sdxl.py has them."""
         metadata = file_metadata(self, step, about)
-        text = metadata["modelspec.description"].replace("Directional Textual Inversion (arXiv 2512.13672)", "{}")
-        metadata["modelspec.description"] = text.format(self.method_name)
+        what, dti = metadata["modelspec.description"], "Directional Textual Inversion (arXiv 2512.13672)"
+        metadata["modelspec.description"] = what.replace(dti, self.method_name)
         path = self.args.output_dir / f"{self.embedding_files[0]}{suffix}.safetensors"
         tensors = {name: x.cpu().contiguous() for name, x in self.result_tensors().items()}
         save_tensors(tensors, path, {**metadata, **self.baseline_metadata()})
@@ -444,9 +444,9 @@ class PPlus(Layered):
 class NeTI(Layered):
     """NeTI (arXiv 2305.15391): see Mapper, and LayeredText.states for the textual bypass.
 
-    The released settings are 1000 steps, a batch of 8 in accumulated halves of halves, and a rate of 1e-3 that is
-    multiplied by that batch. The released code adds the bypass in front of the text encoder's last LayerNorm; the paper's
-    text, followed here, adds it to the output.
+    The released settings are 1000 steps, a batch of 8 (4 accumulated ones of 2), and a rate of 1e-3 that is multiplied by
+    that batch. Departure: the released code adds the bypass in front of the text encoder's last LayerNorm, and this one
+    behind it, to the output itself.
     """
 
     method_name = "NeTI (arXiv 2305.15391)"
@@ -454,16 +454,16 @@ class NeTI(Layered):
     defaults = {**Baseline.defaults, "train_batch_size": 8}
 
     def make_word(self, token: LearnedToken) -> MappedWord:
-        mapper = Mapper(token.start.shape[-1], self.layers, token.start.norm().item()).to(token.start.device)
+        # By the run's seed alone, so that a resumed run has the same random features.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            mapper = Mapper(token.start.shape[-1], self.layers, token.start.norm().item()).to(token.start.device)
         given = (mapper, self.layers, self.args.bypass_alpha, self.args.nested_dropout)
-        return MappedWord(token.first_id, None, flat(mapper), token.prior_mean, token.start, *given)
+        return MappedWord(token.first_id, None, flat(mapper), token.prior_mean, mapper.frequencies, *given)
 
     def baseline_metadata(self) -> dict[str, str]:
-        norm = {
-            "baseline.norm": repr(self.tokens[0].mapper.norm),
-            "baseline.bypass_alpha": str(self.args.bypass_alpha),
-        }
-        return {**super().baseline_metadata(), **norm}
+        own = {"norm": self.tokens[0].mapper.norm, "bypass_alpha": self.args.bypass_alpha}
+        return {**super().baseline_metadata(), **{f"baseline.{name}": str(value) for name, value in own.items()}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,9 +527,7 @@ class CoRe(Baseline):
         for context in self.contexts:
             start = len(tokenizer(context.partition("{}")[0]).input_ids) - 1  # without the end token
             if tokenizer(context.replace("{}", word)).input_ids[start:][: len(class_ids)] != class_ids:
-                raise UserError(
-                    f"--context_prompts: in {context!r} {{}} is not a word of its own: put spaces around it."
-                )
+                raise UserError(f"--context_prompts: in {context!r} {{}} is no word of its own: put spaces around it.")
 
     def make_token(self, encoder, tokenizer, first_id: int, count: int, warm_start) -> LearnedToken:
         self.attention = set_processors(self.denoiser, ObservedAttention)
@@ -537,8 +535,7 @@ class CoRe(Baseline):
 
     def loss(self, batch: dict) -> torch.Tensor:
         self.norms = self.tokens[0].parameter.detach().norm(dim=-1, keepdim=True)
-        data_loss = super().loss(batch)
-        return data_loss + self.penalty
+        return super().loss(batch) + self.penalty  # in this order: predict computes the penalty
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict) -> torch.Tensor:
         """The UNet's prediction. Beside it computes the penalty, which needs the same noisy latents."""
@@ -650,12 +647,13 @@ def read_word(path: Path) -> Embedding:
     if method not in WORDS:
         return read_embedding(path)
     try:
-        word = Word(metadata["modelspec.trigger_phrase"], {}, metadata, state)
+        token = check_token(metadata["modelspec.trigger_phrase"], f"{file}: the token")
+        word = Word(token, {}, metadata, state)
         if method == "plus":
             rows = torch.stack([state[f"layer.{index}"] for index in range(word.layers)])
         else:
             rows = MappedWord.read(word, 0, float(metadata["baseline.norm"])).embedding()
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EmbeddingError(f"{file} is not whole: it says it is a word of {method}, and lacks {reason}.") from None
     if not rows.isfinite().all():
@@ -682,9 +680,8 @@ def install(pipe, words: list[Word]) -> None:
     layers, learned = len(set_processors(pipe.unet, LayerAttention)), []
     for word in words:
         pipe.tokenizer.add_tokens([word.token])
-        learned.append(
-            WORDS[word.metadata["baseline.method"]].read(word, pipe.tokenizer.convert_tokens_to_ids(word.token))
-        )
+        first_id = pipe.tokenizer.convert_tokens_to_ids(word.token)
+        learned.append(WORDS[word.metadata["baseline.method"]].read(word, first_id))
     text = LayeredText(pipe.text_encoder, learned, layers)
     pipe.text_encoder.set_input_embeddings(ExtendedEmbedding(pipe.text_encoder.get_input_embeddings(), text))
     text.attach(pipe)
@@ -707,10 +704,10 @@ def chosen_method(argv: list[str] | None) -> str | None:
 
 
 def main(argv: list[str] | None = None, model_class: type = MODEL_CLASS) -> None:
-    method = METHODS.get(chosen_method(argv), Baseline)
-    # train_many.py gives a subclass of Baseline that keeps the weights between subjects.
-    bases = (method,) if issubclass(method, model_class) else (method, model_class)
-    train(argv, type(method.__name__, bases, {}))
+    method = METHODS.get(chosen_method(argv))
+    if method is not None:  # train_many.py gives a subclass of Baseline that keeps the weights between subjects
+        model_class = method if model_class is Baseline else type(method.__name__, (method, model_class), {})
+    train(argv, model_class)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
     python examples/generate.py out/my-dog out/my-style --prompt "a picture of {0} in the style of {1}" \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --output_dir pictures
 
-An embedding is a run's output folder, baselines.py's too, or a file in any format that export.py reads. LoRA weights in the folder
-(pytorch_lora_weights.safetensors) are loaded too. The model's model_index.json decides the pipeline.
+An embedding is a run's output folder (also of baselines.py), or a file in any format that export.py reads. LoRA weights in
+the folder (pytorch_lora_weights.safetensors) are loaded too. The model's model_index.json decides the pipeline.
 
 Sampling follows the paper: 50 DDIM steps for Stable Diffusion, 20 Euler steps at the model's flow shift for SANA. SDXL's
 second text encoder pools at the end token. As published it pools at the learned token, and the pooled embedding ignores the

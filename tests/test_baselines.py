@@ -45,6 +45,7 @@ def options(small, tmp_path):
             "initializer_token": "teapot",
             "output_dir": tmp_path / method,
             "resolution": 64,
+            "crops_per_image": 1,
             "max_train_steps": 3,
             "train_batch_size": 2,
             "seed": 0,
@@ -62,6 +63,7 @@ def model(options):
     def build(method: str, **changes):
         cls = baselines.METHODS[method]
         model = cls(script.parse_args(options(method, **changes), cls))
+        model.args.output_dir.mkdir(exist_ok=True)
         model.load_tokenizers()
         count, (first_id,), _ = script.prepare_placeholder(model)
         model.load(torch.float32)
@@ -119,11 +121,11 @@ def test_one_layers_embedding_changes_only_its_own_text(model):
         before = plus.text.states(ids, torch.tensor([500])).unflatten(-1, (LAYERS, 2, WIDTH))
         word.parameter[1] += 1
         after = plus.text.states(ids, torch.tensor([500])).unflatten(-1, (LAYERS, 2, WIDTH))
-        word.parameter[:] = word.parameter[1].clone()
+        plus.text.table = word.parameter[1:]  # what a stock encoder would find behind its vocabulary
         (stock,) = plus.conditioning([plus.text_encoders[0](ids)])
     changed = (before != after).flatten(3).any(dim=-1).any(dim=1)[0]  # by layer
     assert changed.tolist() == [False, True, False, False]
-    assert torch.allclose(after[:, :, 1, 0], stock, atol=1e-6) and torch.equal(after[:, :, 1, 0], after[:, :, 1, 1])
+    assert torch.allclose(after[:, :, 1, 0], stock, atol=1e-5) and torch.equal(after[:, :, 1, 0], after[:, :, 1, 1])
 
 
 def test_layers_are_in_the_order_of_computation(model):
@@ -212,8 +214,9 @@ def test_a_saved_network_is_the_trained_one(model, tmp_path):
     times, layers = torch.tensor([7, 511]), torch.tensor([2, 0])
     for ours, theirs in zip(neti.tokens[0].rows(times, layers), again.rows(times, layers), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
-    start = neti.tokens[0].start.norm()
-    assert torch.allclose(word.vectors["text_encoder"].norm(dim=-1), start) and len(word) == 1
+    vocabulary = neti.text_encoders[0].get_input_embeddings().weight
+    norm = vocabulary[script.initializer_ids(neti.tokenizers[0], "teapot")].norm()
+    assert torch.allclose(word.vectors["text_encoder"].norm(dim=-1), norm) and len(word) == 1
     rescaled = rescale.rescale(word, {"text_encoder": 2.0})
     assert torch.allclose(
         baselines.MappedWord.read(rescaled, 0).rows(times, layers)[0].norm(dim=-1), torch.tensor(2.0)
@@ -239,10 +242,10 @@ def test_the_penalty_is_zero_for_the_class_word(model):
             e.copy_(start + 0.3 * torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1)))
         before, distance = penalty(), (e - start).norm().item()
         assert before > 1e-4
-        for _ in range(20):
+        for _ in range(8):
             (gradient,) = torch.autograd.grad(penalty(), e)
             with torch.no_grad():
-                e -= 0.02 * gradient / gradient.norm()
+                e -= 0.05 * gradient / gradient.norm()
         assert penalty() < before / 2 and (e - start).norm() < distance
 
 
@@ -281,15 +284,24 @@ def test_observed_attention_is_the_attention(model):
 # Whole runs
 
 
+@pytest.fixture(scope="module")
+def untrained(small) -> tuple[torch.Tensor, np.ndarray]:
+    """The class word's row of the vocabulary, (1, d), and the picture that it gives in the word's place."""
+    pipe = generate.load_pipeline(str(small / "sd"))
+    vocabulary = pipe.text_encoder.get_input_embeddings().weight.detach()
+    row = vocabulary[pipe.tokenizer("teapot", add_special_tokens=False).input_ids].clone()
+    generate.load_embedding(pipe, Embedding("<my-pot>", {"text_encoder": row}, word_of(row).metadata))
+    (picture,) = generate.generate(pipe, ["a <my-pot> here"], [0], steps=2, guidance_scale=7.5)
+    return row, np.asarray(picture[2]).astype(int)
+
+
 @pytest.mark.parametrize("method", baselines.METHODS)
-def test_trained_saved_and_drawn(method, options, small, tmp_path, monkeypatch, capsys):
+def test_trained_saved_and_drawn(method, options, small, untrained, tmp_path, monkeypatch, capsys):
     """Through main and generate.py's command line: the word is learned, and a picture with it shows that."""
     AcceleratorState._reset_state(reset_partial_state=True)
     out = tmp_path / method
     rate = 0.02 if method == "neti" else 0.1
-    baselines.main(
-        options(method, learning_rate=rate, max_train_steps=3, attention_weight=0.05 if method == "core" else None)
-    )
+    baselines.main(options(method, learning_rate=rate))
     AcceleratorState._reset_state(reset_partial_state=True)
     with safe_open(out / "learned_embeds.safetensors", "pt") as file:
         header = file.metadata()
@@ -301,10 +313,7 @@ def test_trained_saved_and_drawn(method, options, small, tmp_path, monkeypatch, 
 
     word = baselines.read_word(out)
     assert isinstance(word, baselines.Word) == (method != "core")
-    start = load_file(small / "sd" / "text_encoder" / "model.safetensors")
-    (vocabulary,) = (x for name, x in start.items() if name.endswith("token_embedding.weight"))
-    pipe = generate.load_tokenizers(small / "sd", "sd")[0]
-    row = vocabulary[pipe("teapot", add_special_tokens=False).input_ids]
+    row, before = untrained
     assert (word.vectors["text_encoder"] - row).norm(dim=-1).min() > 0.05
 
     picture = tmp_path / "pictures"
@@ -314,11 +323,7 @@ def test_trained_saved_and_drawn(method, options, small, tmp_path, monkeypatch, 
     generate.main()
     name = generate.picture_name("a <my-pot> here", 0)
     drawn = np.asarray(generate.Image.open(picture / name)).astype(int)
-    untrained = Embedding("<my-pot>", {"text_encoder": row}, word.metadata)
-    pipe = generate.load_pipeline(str(small / "sd"))
-    generate.load_embedding(pipe, untrained)
-    before = next(generate.generate(pipe, ["a <my-pot> here"], [0], steps=2, guidance_scale=7.5))[2]
-    assert differ(np.asarray(before).astype(int), drawn) > 2
+    assert differ(before, drawn) > 2
 
 
 @pytest.mark.parametrize("method", ["plus", "neti"])
@@ -346,9 +351,8 @@ def test_a_resumed_network_goes_on_as_if_never_stopped(options, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         return load_file(Path(changes["output_dir"]) / "learned_embeds.safetensors")
 
-    whole = run(output_dir=tmp_path / "whole")
-    run(output_dir=tmp_path / "parts", max_train_steps=2)
-    parts = run(output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
+    whole = run(output_dir=tmp_path / "whole", checkpointing_steps=2)
+    parts = run(output_dir=tmp_path / "parts", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -414,7 +418,7 @@ def test_mistakes_are_told_before_weights_load(method, changes, message, options
 
 @pytest.mark.parametrize(
     "line, message",
-    [("two {}s", "is not a word of its own"), ("a {} and a {}", "more than once"), ("a dog", "has no {}")],
+    [("two {}s", "is no word of its own"), ("a {} and a {}", "more than once"), ("a dog", "has no {}")],
 )
 def test_context_prompts_that_cannot_be_compared(line, message, options, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"a {{}} on grass\n{line}\n")
@@ -425,7 +429,7 @@ def test_context_prompts_that_cannot_be_compared(line, message, options, tmp_pat
 
 def test_without_a_method_the_parser_says_so(options, capsys):
     with pytest.raises(SystemExit) as error:
-        baselines.main(options(None))
+        baselines.main(options("plus", method=None))
     assert error.value.code == 2 and "required: --method" in capsys.readouterr().err
 
 
