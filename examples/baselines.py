@@ -42,6 +42,7 @@ from train_dti_sdxl import (  # noqa: E402
     file_metadata,
     initializer_ids,
     interruption,  # noqa: F401  train_many.py uses this name
+    make_parser,
     number,
     parse_given,
     read_templates,
@@ -693,6 +694,11 @@ def install(pipe, words: list[Word]) -> None:
 
 
 MODEL_CLASS = Baseline
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The options of all methods, with the defaults that they share."""
+    return make_parser(Baseline)
 
 
 def chosen_method(argv: list[str] | None) -> str | None:

@@ -125,9 +125,12 @@ def learned(small, tmp_path_factory):
 def test_every_example_command_of_the_readme_runs(command, small, judges, talker, segmenter, learned):  # noqa: F811
     """As it stands, but with small models and few steps, in a process of its own; one may use what another made."""
     command = command.replace("stabilityai/stable-diffusion-xl-base-1.0", str(small / "sdxl"))
+    command = command.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(small / "sd"))
     program, *argv = shlex.split(command)[1:]
     if "--num_inference_steps" in importlib.import_module(Path(program).stem).command_line().format_help():
         argv += ["--num_inference_steps", "2"]
+    if program == "examples/baselines.py":
+        argv += "--resolution 64 --max_train_steps 1 --train_batch_size 1".split()
     if program == "examples/benchmark.py":
         argv += "--warmup 1 --steps 2 --breakdown_steps 1".split()
     if program == "examples/evaluate.py":
