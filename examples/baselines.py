@@ -22,6 +22,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class LayerWord(LearnedToken):
 
     @classmethod
     def read(cls, embedding: "Word", first_id: int) -> "LayerWord":
-        return cls(first_id, None, torch.nn.Parameter(embedding.vectors["text_encoder"], False), None, None)
+        return cls(first_id, None, torch.nn.Parameter(embedding.vectors["text_encoder"], False), None, None, (1,))
 
 
 FREQUENCIES, HIDDEN = 1024, 128  # NeTI's released sizes: random features and hidden units
@@ -176,7 +177,7 @@ class MappedWord(LearnedToken):
         mapper = Mapper(len(state["output.bias"]) // 2, embedding.layers, norm).requires_grad_(False)
         mapper.load_state_dict(state)
         parameter = flat(mapper).requires_grad_(False)
-        return cls(first_id, None, parameter, None, None, mapper, embedding.layers, embedding.alpha)
+        return cls(first_id, None, parameter, None, None, (1,), mapper, embedding.layers, embedding.alpha)
 
 
 def flat(mapper: Mapper) -> torch.nn.Parameter:
@@ -339,7 +340,7 @@ class Baseline(StableDiffusion):
     web_keys, web_limits, web_spelling = (), (), ""  # no file for the web tools, so no limits to its name
     # Options that are DTI's or CrossInit's, or were not tried with these methods.
     fixed = {"optimizer": "adamw", "magnitude": "free", "init": "token", "reg_weight": 0.0, "init_embedding": None}
-    fixed |= {"rank": 0, "push_to_hub": False, "compile": False}
+    fixed |= {"rank": 0, "push_to_hub": False, "compile": False, "further_word": []}
 
     # fmt: off
     @staticmethod
@@ -372,7 +373,7 @@ class Baseline(StableDiffusion):
 
     def save_result(self, step: int, about: dict[str, str], suffix: str = "") -> None:
         """Write the word to one file, with placeholder, initializer and model in its header as train_dti_sdxl.py has them."""
-        metadata = file_metadata(self, step, about)
+        metadata = file_metadata(self, step, about, self.args.placeholder_token)
         what, dti = metadata["modelspec.description"], "Directional Textual Inversion (arXiv 2512.13672)"
         metadata["modelspec.description"] = what.replace(dti, self.method_name)
         path = self.args.output_dir / f"{self.embedding_files[0]}{suffix}.safetensors"
@@ -397,9 +398,9 @@ class Layered(Baseline):
             given = f"--initializer_token {args.initializer_token!r} has {count} tokens"
             raise UserError(f"{given}, and --method {args.method} starts from one: give a single word, such as dog.")
 
-    def make_token(self, encoder, tokenizer, first_id: int, count: int, warm_start) -> LearnedToken:
+    def make_token(self, encoder, tokenizer, first_id: int, counts: Sequence[int], warm_start) -> LearnedToken:
         self.layers = len(set_processors(self.denoiser, LayerAttention))
-        word = self.make_word(super().make_token(encoder, tokenizer, first_id, count, warm_start))
+        word = self.make_word(super().make_token(encoder, tokenizer, first_id, counts, warm_start))
         self.text = LayeredText(encoder, [word], self.layers)
         encoder.get_input_embeddings().learned = (self.text,)
         return word
@@ -439,7 +440,7 @@ class PPlus(Layered):
 
     def make_word(self, token: LearnedToken) -> LayerWord:
         start, mu = (x.repeat(self.layers, 1) for x in (token.start, token.prior_mean))
-        return LayerWord(token.first_id, None, torch.nn.Parameter(start.clone()), mu, start)
+        return LayerWord(token.first_id, None, torch.nn.Parameter(start.clone()), mu, start, (1,))
 
 
 class NeTI(Layered):
@@ -460,7 +461,7 @@ class NeTI(Layered):
             torch.manual_seed(torch.initial_seed())
             mapper = Mapper(token.start.shape[-1], self.layers, token.start.norm().item()).to(token.start.device)
         given = (mapper, self.layers, self.args.bypass_alpha, self.args.nested_dropout)
-        return MappedWord(token.first_id, None, flat(mapper), token.prior_mean, mapper.frequencies, *given)
+        return MappedWord(token.first_id, None, flat(mapper), token.prior_mean, mapper.frequencies, (1,), *given)
 
     def baseline_metadata(self) -> dict[str, str]:
         own = {"norm": self.tokens[0].mapper.norm, "bypass_alpha": self.args.bypass_alpha}
@@ -530,9 +531,9 @@ class CoRe(Baseline):
             if tokenizer(context.replace("{}", word)).input_ids[start:][: len(class_ids)] != class_ids:
                 raise UserError(f"--context_prompts: in {context!r} {{}} is no word of its own: put spaces around it.")
 
-    def make_token(self, encoder, tokenizer, first_id: int, count: int, warm_start) -> LearnedToken:
+    def make_token(self, encoder, tokenizer, first_id: int, counts: Sequence[int], warm_start) -> LearnedToken:
         self.attention = set_processors(self.denoiser, ObservedAttention)
-        return super().make_token(encoder, tokenizer, first_id, count, warm_start)
+        return super().make_token(encoder, tokenizer, first_id, counts, warm_start)
 
     def loss(self, batch: dict) -> torch.Tensor:
         self.norms = self.tokens[0].parameter.detach().norm(dim=-1, keepdim=True)
