@@ -11,9 +11,9 @@ repeated name gives further runs of a method, which are averaged.
 Two subjects are drawn in prompts of this world's grammar, "a {0} left of a small {1}", each of the two once as the large
 object and once as the small one. An attribute *arrives* if its own object has it. It *leaks* if the object has the other
 subject's instead, where the two differ; a colour that both have is no leak. The classifiers read all attributes of the large
-object, and shape and colour of the small one. The world's small objects are plain: a small object's pattern and eyes are read
-in an enlarged crop, and only the table by attribute has them. A subject and a style are drawn in "a picture in the style of a
-{1} of a {0}".
+object, and shape and colour of the small one. The world's small objects are plain: either of a subject's two colours is right for
+one. Its pattern and eyes are read in an enlarged crop, and only the table by attribute has them. A subject and a style are
+drawn in "a picture in the style of a {1} of a {0}".
 
 Every method is drawn in three forms: the learned words alone, each with its class word after it, and with the small object
 or the style in words. Reference rows, which are not trained, have the class words, and both described in words. The report
@@ -361,7 +361,10 @@ def count(labels: dict[str, str], order: tuple[str, str], stated: dict[str, str]
         parts = {"large": (LARGE, first, second), "small": (SMALL, second, first)}
     record = {"arrived": {}, "leaked": {}}
     for part, (heads, own, other) in parts.items():
-        found = arrived_and_leaked({name: labels[head] for name, head in heads.items()}, own, other)
+        read = {name: labels[head] for name, head in heads.items()}
+        found = arrived_and_leaked(read, own, other)
+        if heads is SMALL:  # it is plain, and shows one colour of two
+            found[0]["colour"] = read["colour"] in colours(own)
         for key, values in zip(("arrived", "leaked"), found, strict=True):
             record[key] |= {f"{part} {name}": value for name, value in values.items()}
     right = [labels[name] == word for name, word in stated.items()]
@@ -475,6 +478,19 @@ def by_attribute(records: list[dict]) -> str:
     return markdown_table(["", *names], rows)
 
 
+def by_word_order(records: list[dict]) -> str:
+    """A table of the large object's attributes, arrived / leaked, where the prompt names it first and where second."""
+    rows = []
+    for row in dict.fromkeys(record["row"] for record in records):
+        mine = [record for record in records if record["row"] == row]
+        first = [r for r in mine if r["prompt"].index("{0}") < r["prompt"].index("{1}")]
+        second = [r for r in mine if r not in first]
+        rows.append(
+            [row, *(" / ".join(cell(share(x, m, "large")) for m in ("arrived", "leaked")) for x in (first, second))]
+        )
+    return markdown_table(["", "the large object is named first", "second"], rows)
+
+
 def table(rows: list[dict]) -> str:
     names = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
     cells = [[row["row"], *(str(row[n]) if n == "pictures" else cell(row.get(n)) for n in names)] for row in rows]
@@ -491,11 +507,12 @@ def to_markdown(report: dict) -> str:
         " 95% interval over prompts.",
     ]
     for kind, rows in report["tables"].items():
-        mine = [record for record in report["records"] if record["kind"] == kind]
-        rendered = report["rendered"][kind]
+        mine, scenes = ([r for r in report[x] if r["kind"] == kind] for x in ("records", "rendered_records"))
         parts += [f"## {TITLES[kind]}", table(rows), "By attribute, arrived / leaked:", by_attribute(mine)]
+        if kind == "subjects":
+            parts += ["The large object by the word order, arrived / leaked:", by_word_order(mine)]
         parts += ["Rendered scenes of the same prompts, which show how far the classifiers can be trusted:"]
-        parts += [table(rendered)]
+        parts += [table(report["rendered"][kind]), by_attribute(scenes)]
     return "\n\n".join([*parts, "![a row for each prompt, a column for each method](sheet.png)"]) + "\n"
 
 
@@ -525,6 +542,7 @@ def write_report(drawings: list[Drawing], records: list[dict], rendered: list[di
         "tables": {kind: summary([r for r in records if r["kind"] == kind], kind) for kind in kinds},
         "rendered": {kind: summary([r for r in rendered if r["kind"] == kind], kind) for kind in kinds},
         "records": records,
+        "rendered_records": rendered,
     }
     texts = {"report.md": to_markdown(report), "report.json": json.dumps(report, indent=1) + "\n"}
     files = {args.output_dir / name: text.encode() for name, text in texts.items()}

@@ -29,6 +29,18 @@ def shares(record: dict) -> dict[str, float]:
     return found
 
 
+def test_the_word_order_has_a_table_of_its_own():
+    """Named first the large object is right; named second it is swapped."""
+    records = []
+    for prompt in bind.TWO_SUBJECTS:
+        first = not prompt.text.startswith("a small")
+        read = labels(*(PAIR if first else PAIR[::-1]), **{"place": "grass"} | prompt.states)
+        record = {"row": "DTI", "order": list(PAIR), "prompt": prompt.text}
+        records.append(record | bind.count(read, PAIR, prompt.states))
+    line = bind.by_word_order(records).splitlines()[-1]
+    assert line == "| DTI | 1.000 ± 0.000 / 0.000 ± 0.000 | 0.000 ± 0.000 / 1.000 ± 0.000 |"
+
+
 def test_the_right_picture_has_all_attributes_and_the_swapped_one_only_leaks():
     stated = {"relation": "left", "style": "photo"}
     right = bind.count(labels(*PAIR), PAIR, stated)
@@ -55,6 +67,15 @@ def test_what_both_have_cannot_leak():
     white = labels("clown_fish", "zebra_star", colour="white", colour2="black")
     leaked = bind.count(white, ("clown_fish", "zebra_star"), {"style": "photo"})["leaked"]
     assert leaked["large colour2"] and not leaked["large colour"]
+
+
+def test_a_small_plain_object_may_have_either_of_its_colours():
+    """The star is white and black."""
+    for colour, arrives in (("white", True), ("black", True), ("yellow", False)):
+        record = bind.count(labels(*PAIR, other_colour=colour, colour=colour), PAIR, {"style": "photo"})
+        assert record["arrived"]["small colour"] == arrives
+        assert record["arrived"]["large colour"] == (colour == "yellow")
+    assert record["leaked"]["small colour"]  # yellow is the house's
 
 
 def test_what_the_other_does_not_have_cannot_leak():
