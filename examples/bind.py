@@ -441,7 +441,8 @@ def share(records: list[dict], measure: str, part: str = "") -> dict:
             values = mean(values[f"{part} {name}"] for name in COUNTED[part] if f"{part} {name}" in values)
         if values is not None:
             groups.setdefault((*record["order"], record["prompt"]), []).append(values)
-    return interval(mean(values) for values in groups.values())
+    nothing = {"mean": None, "low": None, "high": None, "n": 0}  # two subjects may differ in nothing that is counted
+    return interval(mean(values) for values in groups.values()) if groups else nothing
 
 
 PARTS = {"subjects": ("large", "small"), "style": ("subject", "style")}

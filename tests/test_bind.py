@@ -67,6 +67,11 @@ def test_what_both_have_cannot_leak():
     white = labels("clown_fish", "zebra_star", colour="white", colour2="black")
     leaked = bind.count(white, ("clown_fish", "zebra_star"), {"style": "photo"})["leaked"]
     assert leaked["large colour2"] and not leaked["large colour"]
+    twins = bind.count(labels("clown_fish", "clown_fish"), ("clown_fish", "clown_fish"), {"style": "photo"})
+    head = {"row": "DTI", "order": ["clown_fish", "clown_fish"], "prompt": "a {0} left of a small {1}"}
+    (row,) = bind.summary([head | twins], "subjects")
+    assert bind.table([row]).splitlines()[-1].startswith("| DTI | 1 | 1.000 | 1.000 |")
+    assert bind.by_word_order([head | twins]).splitlines()[-1] == "| DTI | 1.000 / - | - / - |"
 
 
 def test_a_small_plain_object_may_have_either_of_its_colours():
