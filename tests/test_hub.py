@@ -307,10 +307,11 @@ def test_a_folder_of_the_users_is_not_taken_for_an_earlier_pushs(trainer, train,
     assert mine.read_text() == "mine"
 
 
-def test_sharing_sana_needs_its_pipelines_file(train, options, monkeypatch, tmp_path):
+def test_sharing_sana_needs_its_pipelines_file(train, options, small, monkeypatch, tmp_path):
     monkeypatch.setattr(train_dti_sana.Sana, "hub_code", {"pipeline.py": tmp_path / "nowhere.py"})
+    monkeypatch.setattr(train_dti_sana.Sana, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(train_dti_sana.UserError, match="--push_to_hub uploads .*nowhere.py, which is missing"):
-        train_dti_sana.main(options("--push_to_hub"))
+        train_dti_sana.main(options("--push_to_hub", pretrained_model_name_or_path=small / "sana"))
 
 
 def test_without_push_nothing_is_prepared_for_it(train):

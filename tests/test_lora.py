@@ -124,12 +124,12 @@ def scaled_step(scale: float | None, factor: float = 1.0) -> torch.Tensor:
     """The adapters' parameter after a step, with fp16's gradient scaling or without, on a gradient times `factor`."""
     adapters = object.__new__(train_dti_sdxl.Adapters)
     parameter = torch.nn.Parameter(torch.ones(3))
-    adapters.parameters = {"x": parameter}
+    adapters.parameters, adapters.start_step = {"x": parameter}, 0
     adapters.optimizer = torch.optim.AdamW([parameter], lr=0.1, eps=1.0)  # so large that the gradient's size matters
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     loss = (parameter * torch.tensor([1.0, 2.0, 3.0]) * factor).sum()
     (scaler.scale(loss) if scaler else loss).backward()
-    adapters.step(SimpleNamespace(num_processes=1, scaler=scaler), schedule=1.0)
+    adapters.step(SimpleNamespace(num_processes=1, scaler=scaler), steps_done=0, schedule=1.0)
     assert parameter.grad is None
     return parameter.detach()
 
