@@ -867,16 +867,16 @@ class ExtendedEmbedding(torch.nn.Module):
         return torch.where(is_new.unsqueeze(-1), new, known)
 
 
-def initializer_ids(tokenizer, initializer: str) -> list[int]:
+def initializer_ids(tokenizer, initializer: str, option: str = "--initializer_token") -> list[int]:
     """Token ids of the initializer text. Raises UserError where the vocabulary has no words for it."""
     ids = tokenizer(initializer, add_special_tokens=False).input_ids
     if not ids:
-        raise UserError(f"--initializer_token {initializer!r} has no tokens: give the class word, such as dog.")
+        raise UserError(f"{option} {initializer!r} has no tokens: give the class word, such as dog.")
     # A byte-level tokenizer spells an unknown script in single bytes: they decode to nothing and mean nothing.
     if tokenizer.unk_token_id in ids or any("\ufffd" in tokenizer.decode([token_id]) for token_id in ids):
-        raise UserError(f"--initializer_token {initializer!r} is not in the vocabulary: give an English class word.")
+        raise UserError(f"{option} {initializer!r} is not in the vocabulary: give an English class word.")
     if len(ids) > (read := tokenizer.model_max_length - 2):  # beside the start and the end
-        raise UserError(f"--initializer_token has {len(ids)} tokens, and the encoders read {read}: give a class word.")
+        raise UserError(f"{option} has {len(ids)} tokens, and the encoders read {read}: give a class word.")
     return ids
 
 
@@ -2253,15 +2253,19 @@ def web_name(placeholder: str) -> str:
 
 
 def name_notes(model) -> list[str]:
-    """One line for each tool that cannot use the new word as it is, with a better word proposed."""
-    word, name, notes = model.args.placeholder_token, web_name(model.args.placeholder_token), []
-    better = re.sub(r"[^a-z0-9]+", "-", (model.args.initializer_token or name).lower()).strip("-").removeprefix("my-")
-    if word not in (name, f"<{name}>"):
-        notes.append(f"no file can have this name on every system, so the web tools' word is {name}")
-    for pattern, note in model.web_limits:
-        if found := re.search(pattern, name):
-            notes.append(note.format(name=name, found=found[0]))
-    return [f"--placeholder_token {word}: {note}. <my-{better or 'word'}> avoids this." for note in notes]
+    """One line for each tool that cannot use a new word as it is, with a better word proposed."""
+    lines = []
+    for word, initializer in new_words(model.args).items():
+        name, notes = web_name(word), []
+        better = re.sub(r"[^a-z0-9]+", "-", (initializer or name).lower()).strip("-").removeprefix("my-")
+        if word not in (name, f"<{name}>"):
+            notes.append(f"no file can have this name on every system, so the web tools' word is {name}")
+        for pattern, note in model.web_limits:
+            if found := re.search(pattern, name):
+                notes.append(note.format(name=name, found=found[0]))
+        option = "--placeholder_token" if word == model.args.placeholder_token else "--further_word"
+        lines += [f"{option} {word}: {note}. <my-{better or 'word'}> avoids this." for note in notes]
+    return lines
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -2800,8 +2804,12 @@ def prepare_placeholder(model) -> tuple[list[int], list[int], list[torch.Tensor 
     args, tokenizers = model.args, model.tokenizers
     warm_start, counts = [None] * len(tokenizers), []
     if args.initializer_token is not None:
-        for word in new_words(args).values():
-            counts.append(args.num_vectors or max(len(initializer_ids(tokenizer, word)) for tokenizer in tokenizers))
+        for word, initializer in new_words(args).items():
+            option = (
+                "--initializer_token" if word == args.placeholder_token else f"--further_word {word}, its class word"
+            )
+            lengths = [len(initializer_ids(tokenizer, initializer, option)) for tokenizer in tokenizers]
+            counts.append(args.num_vectors or max(lengths))
     if args.init_embedding is not None:
         with missing_parts_as_user_errors(args):
             folder = model_folder(model)
