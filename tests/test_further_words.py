@@ -121,7 +121,11 @@ def test_a_single_word_leaves_no_trace_of_the_option(train, small):
         ({"further_word": "<my-pot>=toy"}, ["{}"], "another new word has the same file name"),
         ({"further_word": "my-POT=toy"}, ["{}"], "another new word has the same file name"),
         ({"further_word": "dog=dog"}, ["a dog, {}"], "--further_word 'dog': 'dog' is in the vocabulary"),
-        ({"further_word": "<my-toy>=茶壺"}, ["{}"], "--further_word <my-toy>, its class word '茶壺' is not in the vocab"),
+        (
+            {"further_word": "<my-toy>=茶壺"},
+            ["{}"],
+            "--further_word <my-toy>, its class word '茶壺' is not in the vocab",
+        ),
         ({}, ["a {}"], "--further_word '<my-toy>': no caption names it: write <my-toy> where"),
         ({}, ["a {} and <my-toy>", "a cat"], "neither {} nor '<my-pot>' nor '<my-toy>'"),
         ({}, ["a {}" + " very" * 90 + " <my-toy>"], "the new word is not among them"),

@@ -129,6 +129,7 @@ def test_the_whole_of_it_and_again(miniature_models, tmp_path, monkeypatch):
     report = (tmp_path / "out" / "report.md").read_text()
     for row in ("| TI | 2 |", "| TI-rescaled | 2 |", "| DTI | 2 |", "| AdamW | 2 |", "| text: DTI above TI |"):
         assert row in report
+    assert "### Table 3" in report and "### Table 6" not in report
     for plot in ("scatter", "front", "norm"):
         assert (tmp_path / "out" / f"{plot}-guidance-5.png").stat().st_size > 5000
     # The sheet: a row for each prompt, a column for each of Table 2's methods.
