@@ -696,7 +696,8 @@ def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse
             "Other settings and photographs": (few, ["TI", "DTI", "DTI, our default", *rest]),
         }
         for title, (rows, methods) in sections.items():
-            parts += [f"### {title}", "", table(rows, methods), ""]
+            if {r["method"] for r in rows} & set(methods):
+                parts += [f"### {title}", "", table(rows, methods), ""]
         text, found[name] = orderings(mine)
         points[name] = curves(mine, runs, args)
         parts += ["### The paper's orderings", "", text, ""]
