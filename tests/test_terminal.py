@@ -63,8 +63,7 @@ def test_what_the_terminal_can_show_is_shown_as_it_is(monkeypatch):
     monkeypatch.setattr(sys, "stdout", output)
     monkeypatch.setattr(sys, "stderr", None)  # as where there is none
     monkeypatch.setattr(train_dti_sdxl.interruption, "listen", lambda: None)
-    monkeypatch.setattr(train_dti_sdxl, "main", lambda **_: print("茶壺 20°", "\udce9"))
-    train_dti_sdxl.run(None)
+    train_dti_sdxl.run(None, lambda **_: print("茶壺 20°", "\udce9"))
     assert output.buffer.getvalue().decode() == "" and sys.stderr is None and sys.stdout.encoding == "utf-8"
     sys.stdout.flush()
     assert output.buffer.getvalue().decode() == "茶壺 20° \\udce9\n"
