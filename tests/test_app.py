@@ -131,6 +131,7 @@ def test_a_training_that_the_script_refuses_shows_the_scripts_message(trainer, p
         trainer.start([*photographs, photographs[0]], "<my-fish>", "fish", "20", "", "a {}")
 
 
+@pytest.mark.slow
 def test_the_end_of_the_page_leaves_a_training_that_can_be_resumed(trainer, photographs):
     name = trainer.start(photographs, "<my-fish>", "fish", "100000", "2", "a {}")
     wait_for(lambda: trainer.entries(trainer.words / name)[1], "a checkpoint")

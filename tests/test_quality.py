@@ -71,6 +71,7 @@ def judge(folder, concept, guidance_scale: float, prompts=PROMPTS) -> SimpleName
     return scores
 
 
+@pytest.mark.slow
 def test_a_few_steps_learn_the_subject_and_leave_the_prompt(tmp_path):
     """--preset fast, at guidance 1.5, for at 5 the prompt is heard whatever the word does to it."""
     learn(tmp_path / "fast", CONCEPT, "--preset fast --num_vectors 4")

@@ -200,7 +200,7 @@ def test_capitals_are_refused_with_the_reason(train):
 # No wasted positions.
 
 
-@pytest.mark.parametrize("instruction", [None, "default"])
+@pytest.mark.parametrize("instruction", [None, pytest.param("default", marks=pytest.mark.slow)])
 def test_short_padding_gives_the_loss_and_gradient_of_all_positions(loaded, monkeypatch, instruction):
     model = loaded(complex_human_instruction=instruction)
     latents = torch.randn(3, model.vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -300,7 +300,10 @@ def test_the_gemma_file_holds_the_same_and_loads_under_a_name(train, small):
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[row], embedding(out)[0])
 
 
-@pytest.mark.parametrize("start", ["out", "out/learned_embeds.safetensors", "out/my-pot.safetensors"])
+FILES = ("out/learned_embeds.safetensors", "out/my-pot.safetensors")
+
+
+@pytest.mark.parametrize("start", ["out", *(pytest.param(file, marks=pytest.mark.slow) for file in FILES)])
 def test_a_warm_start_goes_on_from_any_of_the_files(train, tmp_path, start):
     first, once = embedding(train()), {"max_train_steps": 1, "learning_rate": 5e-3}
     second = train(initializer_token=None, init_embedding=tmp_path / start, output_dir=tmp_path / "second", **once)
