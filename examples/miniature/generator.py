@@ -24,6 +24,7 @@ from training import (
     captions_of,
     fit,
     fray,
+    mixed_precision,
     new_tokenizer,
     pad_ids,
     pictures_of,
@@ -309,21 +310,25 @@ def encode_pictures(args):
     latents = shared_array("latents", ENCODED, (2, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE), args)
     pictures = pictures_of("generator", args.runs_dir)
     for part in parts(ENCODED):
-        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+        with mixed_precision(args):
             posterior = vae.encode(to_tensor(pictures[part]).to(args.device)).latent_dist
         latents[part] = (torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor).float().cpu()
 
 
 def encode_things(args):
-    """The share of every latent position that shows an object instead of the place, from 0 to 1."""
     pictures = pictures_of("generator", args.runs_dir)
     things = shared_array("things", len(pictures), (LATENT_SIDE, LATENT_SIDE), args)
     for part in parts(len(pictures)):
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
-        empty = np.stack([np.asarray(world.render(world.sample_scene(s), s, empty=True)) for s in seeds])
-        changed = (np.abs(pictures[part].astype(int) - empty).max(-1) > 8).astype(np.float32)
-        cells = F.avg_pool2d(torch.from_numpy(changed)[:, None], world.SIZE // LATENT_SIDE)
-        things[part] = F.max_pool2d(cells, 3, 1, 1)[:, 0]  # one position more on every side, for outlines
+        things[part] = share_of_things(pictures[part], seeds)
+
+
+def share_of_things(pictures, seeds):
+    """The share of every latent position that shows an object instead of the place, from 0 to 1."""
+    empty = np.stack([np.asarray(world.render(world.sample_scene(s), s, empty=True)) for s in seeds])
+    changed = (np.abs(pictures.astype(int) - empty).max(-1) > 8).astype(np.float32)
+    cells = F.avg_pool2d(torch.from_numpy(changed)[:, None], world.SIZE // LATENT_SIDE)
+    return F.max_pool2d(cells, 3, 1, 1)[:, 0]  # one position more on every side, for outlines
 
 
 @torch.no_grad()
@@ -335,7 +340,7 @@ def encode_captions(args):
     for part in parts(ENCODED):
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
         texts = [world.caption(world.sample_scene(s), s * 1000 + k)[0] for s in seeds for k in range(CAPTIONS)]
-        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+        with mixed_precision(args):
             states, pool = embed_texts(texts, encoders, tokenizers)
         contexts[part] = states.float().cpu().unflatten(0, (-1, CAPTIONS))
         pooled[part] = pool.float().cpu().unflatten(0, (-1, CAPTIONS))

@@ -23,6 +23,7 @@ from training import (
     batch_of,
     caption_batch,
     fit,
+    mixed_precision,
     pictures_of,
     psnr,
     rank,
@@ -193,7 +194,7 @@ def train_encode(args):
     for part in parts(len(pictures)):
         seeds = range(SPLITS["generator"][0] + part.start, SPLITS["generator"][0] + part.stop)
         texts = [world.caption(world.sample_scene(s), s * 1000 + k)[0] for s in seeds for k in range(CAPTIONS)]
-        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+        with mixed_precision(args):
             encoded = autoencoder.encode(to_tensor(pictures[part]).to(args.device)).latent
             states, mask = embed_texts(texts, gemma, tokenizer)
         latents[part] = (encoded.float() * autoencoder.config.scaling_factor).cpu()

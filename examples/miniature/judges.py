@@ -27,6 +27,7 @@ from training import (
     fit,
     fray,
     label_ids,
+    mixed_precision,
     new_tokenizer,
     on_disk,
     pad_ids,
@@ -243,7 +244,7 @@ def autoencode_pictures(args):
         for i in range(start, start + count, 25):
             pictures = to_tensor(rendered[i : i + 25]).to(args.device)
             noise = 0.5 * torch.rand(len(pictures), 1, 1, 1, device=args.device)
-            with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+            with mixed_precision(args):
                 decoded.append((autoencode(autoencoder, pictures, noise) + 1).mul(127.5).round().byte().cpu())
         np.save(path, torch.cat(decoded)[:count].permute(0, 2, 3, 1).numpy())
 

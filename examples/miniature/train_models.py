@@ -1,12 +1,13 @@
-"""Train the miniature's models from scratch: the SDXL- and SANA-format generators, the judges and the classifiers.
+"""Train the miniature's models from scratch: generators in SDXL's, Stable Diffusion's and SANA's formats, judges, classifiers.
 
     python train_models.py                                    # every stage in order
     python train_models.py --stages clip unet                 # some of them
     torchrun --nproc_per_node 2 train_models.py --stages unet # one stage with several processes
 
 Every model has a stock class and is written in the stock format, fp16 safetensors, beside this file: `sdxl/`
-(StableDiffusionXLPipeline), `sana/`, `siglip/`, `dinov2/` and `classifiers/`. Runs are seeded and resumable at any time;
-`--runs_dir` holds data and checkpoints. They need only a CPU and can use a GPU.
+(StableDiffusionXLPipeline), `sd/` (StableDiffusionPipeline, its UNet mostly in fp8), `sana/`, `siglip/`, `dinov2/` and
+`classifiers/`. Runs are seeded and resumable at any time; `--runs_dir` holds data and checkpoints. They need only a CPU and
+can use a GPU.
 
 The stages:
     data        pictures of three separate seed ranges: for the generator, the judges and the classifiers
@@ -14,6 +15,8 @@ The stages:
     clip        two CLIP text encoders and their tokenizers, trained contrastively against pictures, then frozen
     encode      latents and text embeddings of the generator's pictures and captions, and the objects' positions
     unet        UNet2DConditionModel with SDXL's added conditions, trained to predict noise
+    sd_encode, sd_text, sd_unet
+                a generator in Stable Diffusion's format, `sd/`, distilled from `sdxl/`; they need no earlier stage's data
     sana_vae    AutoencoderDC, 64x64 pixels to 8x8 latents of 32 channels
     classifiers one small convolutional network that reads every attribute of a picture, also after either autoencoder
     dinov2      Dinov2Model: its class feature distinguishes subjects
@@ -21,7 +24,7 @@ The stages:
     gemma, sana_encode, transformer
                 the rest of a generator in SANA's format, `sana/` (SanaPipeline), on the same pictures
 
-`world.py` draws the pictures, `training.py` holds the loop, `generator.py`, `generator_sana.py` and `judges.py` the models.
+`world.py` draws the pictures, `training.py` holds the loop, `generator*.py` and `judges.py` the models.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from pathlib import Path
 
 import generator
 import generator_sana
+import generator_sd
 import judges
 import torch
 import torch.distributed as dist
@@ -52,6 +56,9 @@ STAGES = {
     "clip": generator.train_clip,
     "encode": generator.train_encode,
     "unet": generator.train_unet,
+    "sd_encode": generator_sd.train_encode,
+    "sd_text": generator_sd.train_text_encoder,
+    "sd_unet": generator_sd.train_unet,
     "sana_vae": generator_sana.train_autoencoder,
     "classifiers": judges.train_classifiers,
     "dinov2": judges.train_dinov2,
@@ -62,6 +69,7 @@ STAGES = {
 }
 
 STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 26_000, "dinov2": 2500, "siglip": 1400}
+STEPS |= {"sd_text": 400, "sd_unet": 3000}
 STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 61_500}
 
 
@@ -88,6 +96,12 @@ def parse_args(argv=None):
         "--compile",
         action="store_true",
         help="compile SANA's transformer: a third faster on a CPU with a C++ compiler",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="fp32 is faster on a CPU without bf16 instructions",
     )
     parser.add_argument("--export_only", action="store_true", help="write the folders from the current checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -52,7 +52,7 @@ def fit(name, model, loss_of, args, lr, ema=0.0, weight_decay=0.01, groups=None)
             group["lr"] = group["base_lr"] * schedule(step, steps)
         rng = world.generator(args.seed, name, step, rank())
         torch.manual_seed(int(rng.integers(2**62)))
-        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+        with mixed_precision(args):
             loss, figures = loss_of(step, rng)
         loss.backward()
         average_gradients(model)
@@ -68,6 +68,11 @@ def fit(name, model, loss_of, args, lr, ema=0.0, weight_decay=0.01, groups=None)
     for key, value in model.named_parameters() if ema else ():
         value.data.copy_(averaged[key])
     return model.eval()
+
+
+def mixed_precision(args):
+    """PyTorch's mixed precision, off with `--precision fp32`."""
+    return torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def schedule(step, steps, warmup=100):
@@ -135,9 +140,14 @@ class Log:
         return True
 
 
-def save_half(model, folder):
-    """Save the weights in fp16, without changing the model in training."""
-    copy.deepcopy(model).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+def save_half(model, folder, quarter=()):
+    """Save the weights in fp16, without changing the model in training; the matrices of the parts named in `quarter` in
+    fp8. Stock classes load both in float32."""
+    stored = copy.deepcopy(model).to(torch.float16)
+    for name, p in stored.named_parameters():
+        if p.dim() > 1 and name.split(".")[0] in quarter:
+            p.data = p.data.to(torch.float8_e4m3fn)
+    stored.save_pretrained(folder, safe_serialization=True)
     config = json.loads((folder / "config.json").read_text())
     for key in {"dtype", "torch_dtype"} & set(config):
         # transformers loads in the dtype given here; half precision is only for storage.
