@@ -57,7 +57,11 @@ def named_options(text: str) -> tuple[str, str]:
     return name, options
 
 
-MODELS = ("sdxl", "sana")
+MODELS = {
+    "sdxl": "train_dti_sdxl.py",
+    "sd": "examples/train_dti_sd.py",
+    "sana": "train_dti_sana.py",
+}  # the training scripts
 REFERENCES = (
     "TI",
     "TI, printed",
@@ -91,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
     args.pipeline = check_models(args.models, args.model)
-    args.script = EXAMPLES.parent / f"train_dti_{args.model}.py"
+    args.script = EXAMPLES.parent / MODELS[args.model]
     check_concepts(args.concepts)
     args.stock_pooling = False
     args.ablation_concepts, args.ablation_seeds = (

@@ -80,7 +80,7 @@ def miniature_models(small, judges, tmp_path) -> Path:
     """A folder as the miniature's train_models.py fills it, with small random models in it."""
     folder = tmp_path / "models"
     (folder / "classifiers").mkdir(parents=True)
-    for name in ("sdxl", "sana"):
+    for name in ("sdxl", "sd", "sana"):
         (folder / name).symlink_to(small / name)
     (folder / "siglip").symlink_to(judges / "siglip")
     (folder / "dinov2").symlink_to(judges / "dino")

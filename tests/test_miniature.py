@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import SanaPipeline, StableDiffusionXLPipeline
+from diffusers import SanaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from transformers import Dinov2Model, SiglipModel, SiglipProcessor
 
@@ -14,20 +14,22 @@ from transformers import Dinov2Model, SiglipModel, SiglipProcessor
 sys.path.append(str(ROOT / "examples" / "miniature"))
 
 import generator  # noqa: E402
+import generator_sd  # noqa: E402
 import judges  # noqa: E402
 import measure  # noqa: E402
 import train_models  # noqa: E402
 import training  # noqa: E402
 
 
-pytestmark = pytest.mark.slow
+MINIATURE = ROOT / "examples" / "miniature"
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def few_pictures():
     counts = {"generator": 260, "judges": 600, "classifiers": 64, "autoencoded": 32}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generator, "ENCODED", 50)
+        patch.setattr(generator_sd, "PICTURES", 50)
         for split, count in counts.items():
             patch.setitem(training.SPLITS, split, (training.SPLITS[split][0], count))
         patch.setitem(training.SPLITS, "autoencoded_sana", (training.SPLITS["classifiers"][0] + 32, 32))
@@ -41,13 +43,17 @@ def train(folder, *options):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(few_pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("miniature")
     train(folder)
     return folder
 
 
-@pytest.mark.parametrize("name, cls", [("sdxl", StableDiffusionXLPipeline), ("sana", SanaPipeline)])
+PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline, "sana": SanaPipeline}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, cls", PIPELINES.items())
 def test_stock_pipelines_load_the_folders_and_draw(trained, name, cls):
     pipe = cls.from_pretrained(trained / name)
     pipe.set_progress_bar_config(disable=True)
@@ -55,10 +61,16 @@ def test_stock_pipelines_load_the_folders_and_draw(trained, name, cls):
     pictures = measure.generate(pipe, measure.held_out_prompts(2), args)
     assert [picture.size for picture in pictures] == [(64, 64)] * 2
     weights = list((trained / name).glob("*/*.safetensors"))
-    assert len(weights) == {"sdxl": 4, "sana": 3}[name]
-    assert all(x.dtype == torch.float16 for path in weights for x in load_file(path).values() if x.is_floating_point())
+    assert len(weights) == {"sdxl": 4, "sd": 3, "sana": 3}[name]
+    for path in weights:
+        stored = {x.dtype for x in load_file(path).values() if x.is_floating_point()}
+        assert stored == {torch.float16} | ({torch.float8_e4m3fn} if path.parts[-3:-1] == ("sd", "unet") else set())
+    assert all(
+        x.dtype == torch.float32 for x in pipe.components["transformer" if name == "sana" else "unet"].parameters()
+    )
 
 
+@pytest.mark.slow
 def test_the_judges_load(trained):
     siglip, processor = (
         SiglipModel.from_pretrained(trained / "siglip"),
@@ -89,7 +101,8 @@ def test_labels_are_what_a_caption_states():
     assert training.accuracy(heads, features, nothing) == {}
 
 
-def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_an_interrupted_run_ends_where_an_unbroken_one_does(few_pictures, tmp_path, monkeypatch):
     options = ["--stages", "data", "vae", "--steps", '{"vae": 5}']
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
@@ -110,3 +123,31 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, monkeypatc
     whole, broken = (torch.load(tmp_path / name / "runs" / "vae.pt") for name in ("whole", "broken"))
     assert whole["step"] == broken["step"] == 5
     assert all(torch.equal(x, broken["averaged"][name]) for name, x in whole["averaged"].items())
+
+
+def test_the_committed_models_are_small():
+    """A clone is quick, and the folder passes for an example."""
+    files = [path for path in MINIATURE.glob("*/**/*") if path.suffix in (".safetensors", ".json", ".txt")]
+    assert sum(path.stat().st_size for path in files) < 75e6
+
+
+def test_stable_diffusion_starts_with_the_answers_of_sdxl(tmp_path):
+    """With a text encoder that gives SDXL's own states, the conversion loses no more than what it says it drops."""
+    args = train_models.parse_args(["--output_dir", str(MINIATURE), "--runs_dir", str(tmp_path), "--device", "cpu"])
+    encoders, tokenizers = generator.load_text_encoders(MINIATURE / "sdxl", "cpu")
+    texts = [text for _, _, text, _ in measure.held_out_prompts(8)]
+    states, pooled = generator.embed_texts(texts, encoders, tokenizers)
+    teacher, time_ids = generator_sd.load_teacher(args), torch.tensor([[64, 64, 0, 0, 64, 64]])
+    project = torch.nn.Linear(224, 224)
+    torch.nn.init.orthogonal_(project.weight)
+    unet = generator_sd.convert_unet(teacher, project, pooled, time_ids)
+    torch.manual_seed(0)
+    noisy, t = torch.randn(8, 8, 16, 16), torch.full((8,), 900)
+    inputs = (states - project.bias) @ project.weight  # an orthogonal matrix's transpose is its inverse
+    added = {"text_embeds": pooled, "time_ids": time_ids.expand(8, -1)}
+    with torch.no_grad():
+        other = {**added, "text_embeds": pooled.roll(1, 0)}
+        target = teacher(noisy, t, states, added_cond_kwargs=added).sample
+        wrong = teacher(noisy, t, states.roll(1, 0), added_cond_kwargs=other).sample
+        answer = unet(noisy, t, inputs).sample
+    assert (answer - target).square().mean() < 0.2 * (wrong - target).square().mean()

@@ -13,6 +13,7 @@ import shutil
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import world
 from generator import (
     LATENT_CHANNELS,
@@ -186,20 +187,15 @@ def train_text_encoder(args):
         return unexplained + 0.1 * error[0, 1:].mean() + 0.02 * growth, {"unexplained": unexplained, "updates": growth}
 
     fit("sd_text", model, loss_of, args, lr=6e-4, ema=0.99)
-    if rank() == 0:
-        folder = args.output_dir / "sd"
-        save_half(model.encoder, folder / "text_encoder")
-        restore_names(folder / "text_encoder" / "model.safetensors")
-        save_tokenizer(new_tokenizer(pad="!"), folder / "tokenizer")
-        torch.save(model.project.state_dict(), args.runs_dir / "sd_project.pt")
+    if dist.is_initialized():
+        dist.barrier()  # the next stage reads the checkpoint
 
 
 def load_text_encoder(args):
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    folder = args.output_dir / "sd"
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(args.device)
-    return encoder.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    """The text encoder, and the map from its states to SDXL's."""
+    model = TextDistillation(args)
+    model.load_state_dict(torch.load(args.runs_dir / "sd_text.pt", map_location="cpu")["averaged"])
+    return model.encoder.to(args.device), model.project.to(args.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +233,17 @@ def convert_unet(teacher, project, pooled, time_ids):
     return unet
 
 
+class Student(nn.Module):
+    """Both parts, trained together: the text encoder then serves the UNet's predictions, instead of all states alike."""
+
+    def __init__(self, unet, encoder):
+        super().__init__()
+        self.unet, self.encoder = unet, encoder
+
+    def forward(self, noisy, t, ids):
+        return self.unet(noisy, t, self.encoder(ids).last_hidden_state).sample
+
+
 def train_unet(args):
     """The teacher's predictions are the targets, with the weights of `generator.train_unet`.
 
@@ -244,8 +251,8 @@ def train_unet(args):
     guidance multiplies errors in what it predicts.
     """
     torch.manual_seed(args.seed)
-    teacher, (encoder, tokenizer) = load_teacher(args), load_text_encoder(args)
-    empty = padded(tokenizer, [""]).to(args.device)
+    teacher, (encoder, project) = load_teacher(args), load_text_encoder(args)
+    empty = padded(new_tokenizer(pad="!"), [""]).to(args.device)
     names = ("sd_latents", "sd_things", "sd_contexts", "sd_pooled", "sd_ids")
     arrays = (np.load(args.runs_dir / f"{name}.npy", mmap_mode="r") for name in names)
     latents, things, contexts, pools, ids = arrays
@@ -255,9 +262,8 @@ def train_unet(args):
     def tensor(array):
         return torch.from_numpy(array.astype(np.float32)).to(args.device)
 
-    project = nn.Linear(encoder.config.hidden_size, sum(TEXT_WIDTHS)).to(args.device)
-    project.load_state_dict(torch.load(args.runs_dir / "sd_project.pt", map_location=args.device))
     unet = convert_unet(teacher, project, tensor(pools[:1000]), time_ids).to(args.device)
+    student = Student(unet, encoder)
 
     def loss_of(step, rng):
         index = rng.integers(0, len(latents), args.batch)
@@ -269,33 +275,38 @@ def train_unet(args):
         added = {"text_embeds": tensor(pools[index]) * kept[:, None], "time_ids": time_ids.expand(len(clean), -1)}
         with torch.no_grad():
             target = teacher(noisy, t, tensor(contexts[index]) * kept[:, None, None], added_cond_kwargs=added).sample
-            tokens = torch.where(kept[:, None] > 0, tensor(ids[index]).long(), empty)
-            context = encoder(tokens).last_hidden_state
-        output = unet(noisy, t, context).sample
+        output = student(noisy, t, torch.where(kept[:, None] > 0, tensor(ids[index]).long(), empty))
         importance = emphasis(tensor(things[index])) * evenly(t)[:, None, None, None]
         errors = ((output.float() - target.float()).square() * importance).mean((1, 2, 3))
         named = {"captions": (errors * kept).sum() / kept.sum().clamp(min=1)}
         return errors.mean(), named | {"empty": (errors * (1 - kept)).sum() / (1 - kept).sum().clamp(min=1)}
 
-    fit("sd_unet", unet, loss_of, args, lr=4e-4, ema=0.99)
+    groups = [{"params": unet.parameters(), "lr": 4e-4}, {"params": encoder.parameters(), "lr": 1e-4}]
+    fit("sd_unet", student, loss_of, args, lr=4e-4, ema=0.99, groups=groups)
     if rank() == 0:
-        export_pipeline(unet, args)
+        export_pipeline(unet, encoder, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The pipeline's folder
 
 
-def export_pipeline(unet, args):
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+def export_pipeline(unet, encoder, args):
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline
 
-    folder = args.output_dir / "sd"
+    folder, source = args.output_dir / "sd", args.output_dir / "sdxl"
     # Rounding the blocks to fp8 changes predictions by a 400th of what a wrong caption changes, rounding the rest by a 75th.
     save_half(unet, folder / "unet", quarter=("down_blocks", "up_blocks"))
-    shutil.copytree(args.output_dir / "sdxl" / "vae", folder / "vae", dirs_exist_ok=True)
-    shutil.copytree(args.output_dir / "sdxl" / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    encoder, tokenizer = load_text_encoder(args)
+    save_half(encoder, folder / "text_encoder")
+    restore_names(folder / "text_encoder" / "model.safetensors")
+    tokenizer = new_tokenizer(pad="!")
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    for name in ("vae", "scheduler"):
+        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder=encoder, tokenizer=tokenizer, unet=unet,
-        scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_config(folder)  # fmt: skip
+    norms = encoder.get_input_embeddings().weight.norm(dim=1)
+    print(f"sd: vocabulary norm {norms.mean():.3f} ({norms.min():.3f} to {norms.max():.3f})", flush=True)
