@@ -39,8 +39,17 @@ def test_every_training_is_one_that_the_script_understands(miniature_models, tmp
     assert parsed["TI"].learning_rate == 0.02 and parsed["TI, printed"].learning_rate == 5e-3
     assert parsed["DTI"].kappa == 1e-4 and parsed["DTI"].learning_rate == 0.04 and parsed["DTI"].pooling == "stock"
     assert parsed["DTI"].num_vectors == 4 and parsed["DTI, one vector"].num_vectors == 1
-    assert parsed["DTI"].initializer_token != parsed["DTI, recommended words"].initializer_token
     assert parsed["CrossInit"].init == "contextual" and parsed["CrossInit"].reg_weight == 1e-5
+
+
+def test_recommended_words_replace_the_class_word(miniature_models, tmp_path):
+    args = options(miniature_models, tmp_path)
+    args.models = reproduce.EXAMPLES / "miniature"  # whose classifiers can read
+    rows = {r.method.name: r.row(args) for r in reproduce.plan(args) if r.concept == "clown_fish" and r.method.trained}
+    words = {name: row["initializer_token"] for name, row in rows.items()}
+    assert words.pop("TI, recommended words") == words.pop("DTI, recommended words") == "striped fish"
+    assert words.pop("DTI, our default, recommended words") == "striped fish"
+    assert set(words.values()) == {"fish"}
 
 
 def test_pictures_are_in_one_place_but_where_a_row_says_otherwise(miniature_models, tmp_path):
