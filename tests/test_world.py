@@ -90,7 +90,7 @@ def test_a_thing_weighs_the_more_the_smaller_it_is_and_where_it_stands():
 
 
 def test_a_runs_folder_with_another_number_of_pictures_is_filled_anew(tmp_path, monkeypatch):
-    args = SimpleNamespace(runs_dir=tmp_path, output_dir=MINIATURE, device="cpu", seed=0)
+    args = SimpleNamespace(runs_dir=tmp_path, output_dir=MINIATURE, device="cpu", seed=0, precision="fp32")
     monkeypatch.setitem(training.SPLITS, "classifiers", (7, 4))
     training.render_split("classifiers", args)
     for count in (2, 3):
