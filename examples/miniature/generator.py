@@ -244,7 +244,7 @@ def load_text_encoders(folder, device):
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    encoders = [kind.from_pretrained(folder / name, dtype=torch.float32) for name, kind in kinds.items()]
+    encoders = [kind.from_pretrained(folder / name, torch_dtype=torch.float32) for name, kind in kinds.items()]
     tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
     return [e.to(device).eval().requires_grad_(False) for e in encoders], tokenizers
 

@@ -162,7 +162,7 @@ def load_gemma(args):
     from transformers import Gemma2Model, GemmaTokenizerFast
 
     folder = args.output_dir / "sana"
-    gemma = Gemma2Model.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(args.device)
+    gemma = Gemma2Model.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32).to(args.device)
     tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", padding_side="right")
     return gemma.eval().requires_grad_(False), tokenizer
 

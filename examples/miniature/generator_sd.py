@@ -112,7 +112,7 @@ class TextDistillation(nn.Module):
         folder = args.output_dir / "sdxl" / "text_encoder_2"
         config = CLIPTextConfig.from_pretrained(folder)
         config.num_hidden_layers -= 1
-        self.encoder = CLIPTextModel.from_pretrained(folder, config=config, dtype=torch.float32)
+        self.encoder = CLIPTextModel.from_pretrained(folder, config=config, torch_dtype=torch.float32)
         self.project = nn.Linear(config.hidden_size, sum(TEXT_WIDTHS))
 
     def forward(self, ids):
