@@ -30,6 +30,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def command_line() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises UserError."""
     args = command_line().parse_args(argv)
-    args.pipeline, args.script = check_models(args.models, "sdxl"), SCRIPT
+    args.model, args.pipeline, args.script = "sdxl", check_models(args.models, "sdxl"), SCRIPT
     args.stock_pooling = args.ablation_concepts > 0
     check_concepts(max(args.concepts, args.ablation_concepts))
     return args
@@ -368,11 +369,12 @@ def train_all(runs: list[Run], args: argparse.Namespace) -> None:
     """Train the unfinished runs with --jobs processes. Raises UserError."""
     write_photographs(runs, args)
     trained = [item for item in runs if item.method.trained]
-    write_files({args.output_dir / "runs.json": json.dumps([item.row(args) for item in trained]).encode()})
+    subjects, log = (args.output_dir / f"{args.script.stem}.{end}" for end in ("json", "log"))
+    write_files({subjects: json.dumps([item.row(args) for item in trained]).encode()})
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.jobs)]
     options = {
         "script": args.script,
-        "subjects": args.output_dir / "runs.json",
+        "subjects": subjects,
         "output_dir": args.output_dir / "runs",
         "pretrained_model_name_or_path": args.pipeline,
         "resolution": miniature("world").SIZE,
@@ -382,7 +384,6 @@ def train_all(runs: list[Run], args: argparse.Namespace) -> None:
     if getattr(args, "max_train_steps", None):
         options["max_train_steps"] = args.max_train_steps
     command += [str(EXAMPLES / "train_many.py"), *(f"--{name}={value}" for name, value in options.items())]
-    log = args.output_dir / "train.log"
     print(f"{len(trained)} runs; {log} shows the progress", flush=True)
     with log.open("wb") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -397,12 +398,12 @@ def write_words(runs: list[Run], args: argparse.Namespace) -> None:
     for item in runs:
         if item.method.words:
             matrices = matrices or {
-                name: torch.cat(list(vocabulary(str(args.pipeline), name))) for name in ENCODERS["sdxl"]
+                name: torch.cat(list(vocabulary(str(args.pipeline), name))) for name in ENCODERS[args.model]
             }
             text = getattr(miniature("world").CONCEPTS[item.concept], item.method.words)
             vectors = {}
             for tokenizer, (name, matrix) in zip(
-                load_tokenizers(args.pipeline, "sdxl"), matrices.items(), strict=True
+                load_tokenizers(args.pipeline, args.model), matrices.items(), strict=True
             ):
                 vectors[name] = matrix[tokenizer(text, add_special_tokens=False).input_ids].float()
             write_embedding(Embedding(f"<{item.concept}>", vectors), item.folder(args))
@@ -536,9 +537,9 @@ def verdict(difference: dict | None) -> str:
     return "**reversed**" if difference["high"] < 0 else "undecided"
 
 
-def table(records: list[dict], methods: list[str]) -> str:
-    """One row per method: number of concepts, measures with intervals, and the paper's two scores."""
-    paper = {method.name: method.paper for method in METHODS}
+def table(records: list[dict], methods: Sequence[str], known: Sequence[Method] = METHODS) -> str:
+    """One row per method: number of concepts, measures with intervals, and the two scores that the paper has in `known`."""
+    paper = {method.name: method.paper for method in known}
     rows = []
     for name in methods:
         means = {measure: concept_means(records, name, measure) for measure in SHOWN}
@@ -659,13 +660,13 @@ def draw_curves(curves: list[Curve]) -> tuple[bytes, bytes]:
     return tuple(pictures)
 
 
-def draw_sheet(records: list[dict], concept: str) -> bytes:
-    """Draw a concept's pictures of Table 2 as PNG: a row for each of at most eight prompts, a column for each method."""
-    mine = [r for r in records if r["subject"] == concept and r["method"] in {m.name for m in TABLE_2}]
+def draw_sheet(records: list[dict], concept: str, columns: Sequence[str] = tuple(m.name for m in TABLE_2)) -> bytes:
+    """Draw a concept's pictures as PNG: a row for each of at most eight prompts, a column for each method."""
+    mine = [r for r in records if r["subject"] == concept and r["method"] in columns]
     prompts = list(dict.fromkeys(r["prompt"] for r in mine))
     prompts = prompts[:: math.ceil(len(prompts) / 8)]
     first = {(r["method"], r["prompt"]): r["file"] for r in reversed(mine)}  # of the first seed
-    methods = [m.name for m in TABLE_2 if (m.name, prompts[0]) in first]
+    methods = [name for name in columns if (name, prompts[0]) in first]
     pictures = [[open_picture(first[name, prompt]) for name in methods] for prompt in prompts]
     rows = [[p.resize((2 * p.width, 2 * p.height), Image.NEAREST) for p in row] for row in pictures]
     return to_png(contact_sheet(rows, [prompt.replace("{}", "...") for prompt in prompts], methods), {})
