@@ -111,7 +111,7 @@ def head(hub: HubServer, repo_id: str) -> dict:
     return yaml.safe_load(hub.repositories[repo_id].files["README.md"].decode().split("---\n")[1])
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sana", pytest.param("sd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "sd"))])
 def test_pushed_as_a_user_does_and_loaded_by_the_cards_lines(hub, job, tmp_path, family):
     # SDXL: a public repository and --hub_token; the others: a private one, and logged in.
     script = {"sdxl": train_dti_sdxl, "sana": train_dti_sana, "sd": train_dti_sd}[family]

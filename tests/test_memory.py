@@ -58,6 +58,7 @@ def computed(tmp_path_factory):
     return {options: compute(*options) for options in runs}
 
 
+@pytest.mark.slow
 def test_sdxl(computed):
     one, two, saving, in_int8 = computed.values()
     # stabilityai/stable-diffusion-xl-base-1.0 has 2,567,463,684 parameters in its UNet, 123,060,480 and 694,659,840 in

@@ -93,6 +93,7 @@ def test_the_notebook_is_committed_without_outputs():
     assert content == json.dumps(json.loads(content), indent=1, ensure_ascii=False) + "\n"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom_on_the_miniature(project, hub, execute, tmp_path):
     """As on Colab, in an empty folder: from the clone to pictures that follow their prompts, and the push."""
     folder = tmp_path / "content"

@@ -122,12 +122,21 @@ def learned(small, tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", example_commands())
-def test_every_example_command_of_the_readme_runs(command, small, judges, talker, segmenter, learned):  # noqa: F811
-    """As it stands, but with small models and few steps, in a process of its own; one may use what another made."""
+def test_every_example_command_of_the_readme_runs(
+    command,
+    small,
+    judges,
+    talker,  # noqa: F811
+    segmenter,  # noqa: F811
+    learned,
+    monkeypatch,
+):
+    """As it stands, but with small models and few steps; one may use what another made."""
     command = command.replace("stabilityai/stable-diffusion-xl-base-1.0", str(small / "sdxl"))
     command = command.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(small / "sd"))
     program, *argv = shlex.split(command)[1:]
-    if "--num_inference_steps" in importlib.import_module(Path(program).stem).command_line().format_help():
+    module = importlib.import_module(Path(program).stem)
+    if "--num_inference_steps" in module.command_line().format_help():
         argv += ["--num_inference_steps", "2"]
     if program == "examples/baselines.py":
         argv += "--resolution 64 --max_train_steps 1 --train_batch_size 1".split()
@@ -138,11 +147,11 @@ def test_every_example_command_of_the_readme_runs(command, small, judges, talker
     if program in ("examples/caption.py", "examples/make_masks.py"):
         argv += ["--model", str(talker if "caption" in program else segmenter)]
     before = {path: path.stat().st_mtime_ns for path in learned.rglob("*") if path.is_file()}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / program), *argv], cwd=learned, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(learned)
+    monkeypatch.setattr(sys, "argv", [program, *argv])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module.main()
+    AcceleratorState._reset_state(reset_partial_state=True)
     after = {path: path.stat().st_mtime_ns for path in learned.rglob("*") if path.is_file()}
     assert set(after) > set(before) and all(after[path] == before[path] for path in before)  # made, and none touched
 
