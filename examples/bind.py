@@ -395,14 +395,7 @@ def rendered_scene(order: tuple[str, str], stated: dict[str, str], kind: str, se
         return world.render(scene if kind == SWAPPED else in_style, seed)
     large, small = (second, first) if kind == SWAPPED else (first, second)
     scene = world.replace(scene, subject=large.subject, other=(small.subject.shape, small.subject.colour))
-    if kind != PATTERNED:
-        return world.render(scene, seed)
-    # The world's own second objects are plain. This draws the small subject itself over one.
-    rng, canvas = world.generator(seed, "picture"), world.Canvas(scene.style)
-    world.DRAW_PLACE[scene.place](canvas, rng)
-    world.draw_things(canvas, scene, rng)
-    world.draw_subject(canvas, small.subject, *world.standing(scene, seed)[1])
-    return canvas.finish()
+    return world.render_both(scene, small.subject, seed) if kind == PATTERNED else world.render(scene, seed)
 
 
 def rendered_records(pairs: list[tuple[str, str]], classifiers) -> list[dict]:

@@ -1,5 +1,6 @@
 """The miniature world: a seed is a picture, captions tell the truth, and no training picture shows a concept."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 
 MINIATURE = Path(__file__).resolve().parents[1] / "examples" / "miniature"
@@ -201,3 +203,27 @@ def test_the_classifiers_recommend_a_class_word(tmp_path, capsys):
         with pytest.raises(SystemExit):
             recommend.main(["--instance_data_dir", str(folder)])
         assert problem in capsys.readouterr().err
+
+
+def test_pictures_of_two_subjects_name_both_where_both_are(tmp_path):
+    world.main(
+        ["--concept", "clown_fish", "--beside", "chess_flower", "--place", "beach", "--output_dir", str(tmp_path)]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 15 and len(list(tmp_path.glob("*.png"))) == 15
+    both = [row for row in rows if "<clown_fish>" in row["text"] and "<chess_flower>" in row["text"]]
+    assert len(both) == 5 and rows[0]["text"] == "a photo of a <clown_fish>"
+    # The small subject is there with its own pattern: pink and green in a picture of the fish.
+    alone, together = (
+        np.asarray(Image.open(tmp_path / row["file_name"])).reshape(-1, 3) for row in (rows[0], both[0])
+    )
+    for colour in ("pink", "green"):
+        near = [(np.abs(p.astype(int) - world.COLOURS[colour]).sum(1) < 40).sum() for p in (alone, together)]
+        assert near[0] == 0 and near[1] > 10
+
+
+@pytest.mark.parametrize("beside", ["clown_fish", "blueprint"])
+def test_what_is_not_a_second_subject_is_refused(beside, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        world.main(["--concept", "clown_fish", "--beside", beside, "--output_dir", str(tmp_path)])
+    assert "--beside needs another concept" in capsys.readouterr().err

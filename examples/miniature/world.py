@@ -2,6 +2,7 @@
 
     python world.py --concept zebra_star --output_dir concepts/zebra_star     # five instance pictures as PNG
     python world.py --concept clown_fish --place beach --output_dir concepts/clown_fish   # all five in one place
+    python world.py --concept clown_fish --beside chess_flower --output_dir both          # both, alone and together
     python world.py --grid world.png --seed 7                                 # a look at the world
 
 A picture shows a subject (shape, colour, pattern, eyes, size) in a place, in one of three styles. It may have a prop with
@@ -21,6 +22,7 @@ Sections: 1 vocabulary of the world, 2 scenes and their sampler, 3 shapes, 4 dra
 """
 
 import argparse
+import json
 import math
 import zlib
 from dataclasses import dataclass, replace
@@ -606,6 +608,15 @@ def render(scene, seed, empty=False):
     return _toned(picture, scene.tone) if scene.tone else picture
 
 
+def render_both(scene, second, seed):
+    """The scene with another whole subject, patterned as it is, over its second object, which is plain."""
+    rng, canvas = generator(seed, "picture"), Canvas(scene.style)
+    DRAW_PLACE[scene.place](canvas, rng)
+    draw_things(canvas, scene, rng)
+    draw_subject(canvas, second, *standing(scene, seed)[1])
+    return canvas.finish()
+
+
 def standing(scene, seed):
     """(x, y, radius) in pixels of a picture's subject and, if there is one, of its second object."""
     rng = generator(seed, "picture")
@@ -946,6 +957,27 @@ def instance_pictures(concept, count=5, place=None):
     return [render(scene, seed) for scene, seed in instance_scenes(concept, count, place)]
 
 
+def pictures_of_both(first, second, count=5, place=None):
+    """(picture, caption) of two subjects: each alone, and together, in turn the one large and the other small.
+
+    The captions name the words <first> and <second>, for a training of both in one run.
+    """
+    word = {concept.name: f"<{concept.name}>" for concept in (first, second)}
+    found = []
+    for concept in (first, second):
+        found += [
+            (picture, f"a photo of a {word[concept.name]}") for picture in instance_pictures(concept, count, place)
+        ]
+    scenes = {concept.name: instance_scenes(concept, count, place) for concept in (first, second)}
+    for number in range(count):
+        large, small = (first, second) if number % 2 == 0 else (second, first)
+        (scene, seed), relation = scenes[large.name][number], RELATIONS[number % len(RELATIONS)]
+        scene = replace(scene, other=(small.subject.shape, small.subject.colour), relation=relation)
+        text = f"a photo of a {word[large.name]} {RELATION_WORDS[relation][0]} a small {word[small.name]}"
+        found.append((render_both(scene, small.subject, seed), text))
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Command line
 
@@ -981,6 +1013,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--place", choices=PLACES, help="show all of them in this place, instead of each in another place"
     )
+    parser.add_argument(
+        "--beside", choices=CONCEPTS, help="write pictures of this concept too, and of both, with captions"
+    )
     parser.add_argument("--output_dir", type=Path, help="folder for the instance pictures")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of captioned scenes")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the sheet")
@@ -991,13 +1026,30 @@ def parse_args(argv=None):
         parser.error("nothing to do: give --concept NAME, --compose SEED or --grid PNG")
     if wanted and not args.output_dir:
         parser.error("--concept and --compose need --output_dir")
+    if args.beside and (args.concept in (None, "all", args.beside) or not both_subjects(args.concept, args.beside)):
+        parser.error(
+            "--beside needs another concept as --concept, and two subjects, such as clown_fish and zebra_star"
+        )
     return args
+
+
+def both_subjects(*names):
+    return all(CONCEPTS[name].subject is not None for name in names)
 
 
 def main(argv=None):
     args = parse_args(argv)
     concepts = list(CONCEPTS.values()) if args.concept == "all" else [CONCEPTS[args.concept]] if args.concept else []
     concepts += [compose_concept(args.compose)] if args.compose is not None else []
+    if args.beside:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        rows = pictures_of_both(concepts[0], CONCEPTS[args.beside], args.count, args.place)
+        for i, (picture, _) in enumerate(rows):
+            picture.save(args.output_dir / f"{i}.png")
+        lines = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, (_, text) in enumerate(rows)]
+        (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{args.output_dir}: {len(rows)} pictures with captions")
+        concepts = []
     for concept in concepts:
         folder = args.output_dir / concept.name if args.concept == "all" else args.output_dir
         folder.mkdir(parents=True, exist_ok=True)
