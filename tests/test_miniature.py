@@ -151,3 +151,15 @@ def test_stable_diffusion_starts_with_the_answers_of_sdxl(tmp_path):
         wrong = teacher(noisy, t, states.roll(1, 0), added_cond_kwargs=other).sample
         answer = unet(noisy, t, inputs).sample
     assert (answer - target).square().mean() < 0.2 * (wrong - target).square().mean()
+
+
+def test_stable_diffusion_follows_prompts():
+    """Of the attributes that prompts state, more than an encoder or a UNet that went wrong would give."""
+    pipe = StableDiffusionPipeline.from_pretrained(MINIATURE / "sd")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = measure.held_out_prompts(16)
+    pictures = measure.generate(pipe, prompts, measure.parse_args(["--steps", "10", "--batch", "16"]))
+    reads = judges.load_classifiers().read(pictures)
+    verdicts = [measure.compare(scene, said, read) for (_, scene, _, said), read in zip(prompts, reads, strict=True)]
+    right = [verdict[name] for verdict in verdicts for name in verdict]
+    assert sum(right) / len(right) > 0.85
