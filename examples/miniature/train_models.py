@@ -69,7 +69,7 @@ STAGES = {
 }
 
 STEPS = {"vae": 7000, "clip": 1500, "unet": 13_200, "classifiers": 26_000, "dinov2": 2500, "siglip": 1400}
-STEPS |= {"sd_text": 400, "sd_unet": 1200}
+STEPS |= {"sd_text": 400, "sd_unet": 850}
 STEPS |= {"sana_vae": 7000, "gemma": 1500, "transformer": 61_500}
 
 
