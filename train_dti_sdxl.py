@@ -95,7 +95,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.training_utils import cast_training_params, free_memory, offload_models
-from diffusers.utils import check_min_version
+from diffusers.utils import check_min_version, convert_state_dict_to_kohya, make_image_grid
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
@@ -2330,12 +2330,9 @@ def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
         with safe_open(Path(folder) / LORA_FILE, "pt") as file:
             header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     save_tensors(tensors, args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), {**header, **metadata})
-    kohya = {}  # diffusers' convert_state_dict_to_kohya writes the rank for alpha
-    for key, x in state.items():
-        layer, letter = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
-        layer = f"lora_unet_{layer.replace('.', '_')}"  # `unet` whatever the denoiser is
-        kohya[f"{layer}.lora_{'down' if letter == 'A' else 'up'}.weight"] = x.contiguous()
-        kohya[f"{layer}.alpha"] = torch.tensor(args.lora_alpha)
+    # It has `unet` whatever the denoiser is, and diffusers writes the rank for alpha.
+    kohya = convert_state_dict_to_kohya({f"unet.{key}": x.contiguous() for key, x in state.items()})
+    kohya |= {key: torch.tensor(args.lora_alpha) for key in kohya if key.endswith(".alpha")}
     if model.kohya_metadata:
         metadata = {**metadata, **model.kohya_metadata, "ss_network_dim": str(args.rank)}
         metadata["ss_network_alpha"] = f"{args.lora_alpha:g}"
@@ -2654,18 +2651,15 @@ def thumbnail(picture: Image.Image) -> str:
 
 def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
     """One row of pictures for each label, with the label above it. Small pictures are enlarged."""
-    first = next(iter(rows.values()))
-    zoom = max(1, 192 // first[0].width)
-    width, height = first[0].width * zoom, first[0].height * zoom
-    bar = max(16, height // 16)
-    font = ImageFont.load_default(bar * 0.7)
-    grid = Image.new("RGB", (width * len(first), (height + bar) * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    for row, (label, images) in enumerate(rows.items()):
-        draw.text((4, row * (height + bar)), label, fill="black", font=font)
-        for column, image in enumerate(images):
-            grid.paste(image.resize((width, height), Image.NEAREST), (column * width, row * (height + bar) + bar))
-    return grid
+    labelled = []
+    for label, images in rows.items():
+        zoom = max(1, 192 // images[0].width)
+        row = make_image_grid([ImageOps.scale(image, zoom, Image.NEAREST) for image in images], 1, len(images))
+        bar = max(16, row.height // 16)
+        labelled.append(Image.new("RGB", (row.width, bar + row.height), "white"))
+        ImageDraw.Draw(labelled[-1]).text((4, 0), label, fill="black", font=ImageFont.load_default(bar * 0.7))
+        labelled[-1].paste(row, (0, bar))
+    return make_image_grid(labelled, len(labelled), 1)
 
 
 class History:
