@@ -2621,10 +2621,8 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> dict[str,
     latents = {prompt: model.sample_latents(prompt, negative, seed) for prompt in prompts}
     model.denoiser.train(dropout)
     # With --gradient_checkpointing, to save memory, the VAE is alone on the device.
-    with (
-        offload_models(*others, device="cpu", offload=args.gradient_checkpointing),
-        offload_models(model.vae, device=accelerator.device),
-    ):
+    others_away = offload_models(*others, device="cpu", offload=args.gradient_checkpointing)
+    with others_away, offload_models(model.vae, device=accelerator.device):
         pixels = {prompt: torch.cat([model.decode(x) for x in row]) for prompt, row in latents.items()}
     free_memory()
     pictures = {prompt: VaeImageProcessor().postprocess(x) for prompt, x in pixels.items()}
@@ -2632,11 +2630,10 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> dict[str,
     path = args.output_dir / f"validation-{step}.png"
     write_file(path, encoded(labelled_grid(pictures), "png"))
     images = np.stack([np.asarray(image) for row in pictures.values() for image in row])
+    layouts = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # of the trackers that take images
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": images}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": list(images)}, step=step)
+        if tracker.name in layouts:
+            tracker.log_images({"validation": images}, step=step, **layouts[tracker.name])
     tqdm.write(f"Step {step}: {path}")
     return pictures
 
@@ -2689,13 +2686,12 @@ class History:
             entry[f"{name}/angle_to_initializer"] = angle(now, token.prior_mean).mean().item()
             entry[f"{name}/angle_since_last_log"] = angle(now, previous).mean().item()
             previous.copy_(now)
-            state = optimizer.state.get(token.parameter)  # asked by its key, a state would be made
-            if state is None:  # fp16's scaler has skipped every step so far
-                continue
-            gradient_norm = state["gradient_norm"].item()
-            entry[f"{name}/gradient_norm"] = gradient_norm
-            if kappa := optimizer.param_groups[0]["kappa"]:
-                entry[f"{name}/prior_share"] = kappa / max(gradient_norm, torch.finfo(torch.float32).tiny)
+            # None where fp16's scaler has skipped every step so far; asked by its key, a state would be made.
+            if state := optimizer.state.get(token.parameter):
+                gradient_norm = state["gradient_norm"].item()
+                entry[f"{name}/gradient_norm"] = gradient_norm
+                if kappa := optimizer.param_groups[0]["kappa"]:
+                    entry[f"{name}/prior_share"] = kappa / max(gradient_norm, torch.finfo(torch.float32).tiny)
         self.entries.append({"step": step, "seconds": time.perf_counter() - self.start_time, **entry})
         return entry
 
