@@ -2276,8 +2276,8 @@ def model_name(args: argparse.Namespace) -> str:
 
 def file_metadata(model, step: int, about: dict[str, str], word: str, lora: bool = False) -> dict[str, str]:
     """A file's header for model sites and people, by the modelspec standard; `about` adds to it."""
-    args, name, initializer = model.args, web_name(word), new_words(model.args)[word]
-    base = model_name(args)
+    args, name, base = model.args, web_name(word), model_name(model.args)
+    method = {k: getattr(args, k) for k in METHOD_OPTIONS} | {"initializer_token": new_words(args)[word]}
     what = f"LoRA weights for {base}, trained with {word}" if lora else f"{word}, a new word for {base}, learned"
     hint = f"Write {word} in the prompt{model.web_spelling.format(name=name)}."
     return {
@@ -2292,8 +2292,7 @@ def file_metadata(model, step: int, about: dict[str, str], word: str, lora: bool
         **about,
         "dti.base_model": base,
         "dti.steps": str(step),
-        **{f"dti.{k}": str(getattr(args, k)) for k in METHOD_OPTIONS},
-        **({"dti.initializer_token": initializer} if initializer else {}),
+        **{f"dti.{k}": str(value) for k, value in method.items() if value is not None},
     }
 
 
@@ -2307,10 +2306,8 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}. What was saved before is intact; make room and go on with"
-            " --resume_from_checkpoint latest."
-        ) from None
+        remedy = "What was saved before is intact; make room and go on with --resume_from_checkpoint latest."
+        raise UserError(f"{path} cannot be written: {error.strerror}. {remedy}") from None
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -2340,15 +2337,11 @@ def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
 
 
 def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> None:
-    """Write each encoder's (n, d) float32 embeddings for diffusers, all of them for the web tools, and the adapters.
-
-    A further word has its own files.
-    """
+    """Write each word's (n, d) float32 embeddings, a file an encoder for diffusers and one for the web tools, and adapters."""
     args, first_word = model.args, model.args.placeholder_token
     parts = [token.embedding().detach().cpu().split(list(token.counts)) for token in model.tokens]
     for word, *rows in zip(new_words(args), *parts, strict=True):
         folder, metadata = word_folder(word, args), file_metadata(model, step, about, word)
-        rows = [embedding.clone() for embedding in rows]
         for name, embedding in zip(model.embedding_files, rows, strict=True):
             save_tensors({word: embedding}, folder / f"{name}{suffix}.safetensors", metadata)
         web_file = folder / f"{web_name(word)}{suffix}.safetensors"
