@@ -2475,8 +2475,7 @@ def open_repository(model) -> str:
         account = api.whoami()["name"]
         repository = repository if "/" in repository else f"{account}/{repository}"
         api.create_repo(repository, private=args.hub_private_repo or None, exist_ok=True)
-        # The line above accepts any existing repository, whoever owns it. This first half of an upload needs the right
-        # to write; a text file's content would be sent with the second half, the commit.
+        # That accepts anyone's repository. The first half of an upload, which sends no text yet, needs the right to write.
         api.preupload_lfs_files(repository, [CommitOperationAdd("README.md", b"A text.")])
         private = api.model_info(repository).private
         card = {"repoType": "model", "content": f"---\n{card_data(model).to_yaml()}\n---\n"}
@@ -2496,7 +2495,7 @@ def open_repository(model) -> str:
 # Copied from train_dti_sdxl.card_data
 def card_data(model) -> ModelCardData:
     """The head of the model card, which the Hub's search and gallery read."""
-    args, base = model.args, model.args.pretrained_model_name_or_path
+    args, base, lora = model.args, model.args.pretrained_model_name_or_path, ["lora"] * bool(model.args.rank)
     if os.path.isfile(base):  # the model on the Hub that it is configured as
         config = args.single_file_config
         base = config if config and not os.path.exists(config) else model.single_file_base
@@ -2505,8 +2504,7 @@ def card_data(model) -> ModelCardData:
         base_model=None if os.path.exists(base) else base,
         license=args.license,
         instance_prompt=args.placeholder_token,
-        tags=["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags]
-        + ["lora"] * bool(args.rank),
+        tags=["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags, *lora],
     )
 
 
@@ -2525,7 +2523,7 @@ def model_card(model, repository: str, widget: list[dict], derived: dict, snippe
         other_tools += use.format(name=stem, file=f"{stem}.safetensors", url=url)
     details = derived | {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
     table = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in details.items())
-    lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""
+    lora = f" together with LoRA weights ([{LORA_FILE}]({LORA_FILE}))" if args.rank else ""
     return f"""---
 {data.to_yaml()}
 ---
@@ -2533,9 +2531,8 @@ def model_card(model, repository: str, widget: list[dict], derived: dict, snippe
 
 # {name}
 
-`{args.placeholder_token}` is a new word for {base}, learned by
-[Directional Textual Inversion](https://arxiv.org/abs/2512.13672). This repository holds the word's embedding{lora}; the model
-itself is as it was. Write `{args.placeholder_token}` where the prompt names the subject.
+Write `{args.placeholder_token}` where the prompt names the subject: it is a new word for {base}, learned{lora} by
+[Directional Textual Inversion](https://arxiv.org/abs/2512.13672). The model itself is as it was.
 
 ## Use it with diffusers
 
@@ -2548,11 +2545,9 @@ itself is as it was. Write `{args.placeholder_token}` where the prompt names the
 {other_tools}{model.web_note}
 ## Training
 
-| | |
+| [all options](training_options.json) | [curves](training_curves.png) |
 | --- | --- |
 {table}
-
-All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
 """
 
 
@@ -2581,19 +2576,15 @@ def share(model, repository: str, derived: dict, pictures: dict[str, list[Image.
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in files.items():
         write_file(folder / name, data)
+    message = f"{args.placeholder_token} after {args.max_train_steps} steps"
+    earlier = ["samples/*", *lora_files]  # an earlier push's, to be deleted
     try:
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            delete_patterns=["samples/*", *lora_files],  # an earlier push's
-            commit_message=f"{args.placeholder_token} after {args.max_train_steps} steps",
-        )
+        api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=earlier, commit_message=message)
     except Exception as error:  # as in open_repository
         private = " --private" if args.hub_private_repo else ""  # for a repository that has been deleted since
-        raise UserError(
-            f"--push_to_hub: {hub_problem(error, repository)}. Nothing is lost, all files are in {args.output_dir}. "
-            f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}{private}"
-        ) from None
+        later = f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}{private}"
+        safe = f"Nothing is lost, all files are in {args.output_dir}. {later}"
+        raise UserError(f"--push_to_hub: {hub_problem(error, repository)}. {safe}") from None
     print(f"Uploaded to {api.endpoint}/{repository}")
 
 
