@@ -95,7 +95,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.training_utils import cast_training_params, free_memory, offload_models
-from diffusers.utils import check_min_version
+from diffusers.utils import check_min_version, convert_state_dict_to_kohya, make_image_grid
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
@@ -2280,8 +2280,8 @@ def model_name(args: argparse.Namespace) -> str:
 
 def file_metadata(model, step: int, about: dict[str, str], word: str, lora: bool = False) -> dict[str, str]:
     """A file's header for model sites and people, by the modelspec standard; `about` adds to it."""
-    args, name, initializer = model.args, web_name(word), new_words(model.args)[word]
-    base = model_name(args)
+    args, name, base = model.args, web_name(word), model_name(model.args)
+    method = {k: getattr(args, k) for k in METHOD_OPTIONS} | {"initializer_token": new_words(args)[word]}
     what = f"LoRA weights for {base}, trained with {word}" if lora else f"{word}, a new word for {base}, learned"
     hint = f"Write {word} in the prompt{model.web_spelling.format(name=name)}."
     return {
@@ -2296,8 +2296,7 @@ def file_metadata(model, step: int, about: dict[str, str], word: str, lora: bool
         **about,
         "dti.base_model": base,
         "dti.steps": str(step),
-        **{f"dti.{k}": str(getattr(args, k)) for k in METHOD_OPTIONS},
-        **({"dti.initializer_token": initializer} if initializer else {}),
+        **{f"dti.{k}": str(value) for k, value in method.items() if value is not None},
     }
 
 
@@ -2311,10 +2310,8 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}. What was saved before is intact; make room and go on with"
-            " --resume_from_checkpoint latest."
-        ) from None
+        remedy = "What was saved before is intact; make room and go on with --resume_from_checkpoint latest."
+        raise UserError(f"{path} cannot be written: {error.strerror}. {remedy}") from None
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -2334,12 +2331,9 @@ def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
         with safe_open(Path(folder) / LORA_FILE, "pt") as file:
             header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     save_tensors(tensors, args.output_dir / LORA_FILE.replace(".", f"{suffix}.", 1), {**header, **metadata})
-    kohya = {}  # diffusers' convert_state_dict_to_kohya writes the rank for alpha
-    for key, x in state.items():
-        layer, letter = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
-        layer = f"lora_unet_{layer.replace('.', '_')}"  # `unet` whatever the denoiser is
-        kohya[f"{layer}.lora_{'down' if letter == 'A' else 'up'}.weight"] = x.contiguous()
-        kohya[f"{layer}.alpha"] = torch.tensor(args.lora_alpha)
+    # It has `unet` whatever the denoiser is, and diffusers writes the rank for alpha.
+    kohya = convert_state_dict_to_kohya({f"unet.{key}": x.contiguous() for key, x in state.items()})
+    kohya |= {key: torch.tensor(args.lora_alpha) for key in kohya if key.endswith(".alpha")}
     if model.kohya_metadata:
         metadata = {**metadata, **model.kohya_metadata, "ss_network_dim": str(args.rank)}
         metadata["ss_network_alpha"] = f"{args.lora_alpha:g}"
@@ -2347,15 +2341,11 @@ def save_adapters(model, metadata: dict[str, str], suffix: str) -> None:
 
 
 def save_result(model, step: int, about: dict[str, str], suffix: str = "") -> None:
-    """Write each encoder's (n, d) float32 embeddings for diffusers, all of them for the web tools, and the adapters.
-
-    A further word has its own files.
-    """
+    """Write each word's (n, d) float32 embeddings, a file an encoder for diffusers and one for the web tools, and adapters."""
     args, first_word = model.args, model.args.placeholder_token
     parts = [token.embedding().detach().cpu().split(list(token.counts)) for token in model.tokens]
     for word, *rows in zip(new_words(args), *parts, strict=True):
         folder, metadata = word_folder(word, args), file_metadata(model, step, about, word)
-        rows = [embedding.clone() for embedding in rows]
         for name, embedding in zip(model.embedding_files, rows, strict=True):
             save_tensors({word: embedding}, folder / f"{name}{suffix}.safetensors", metadata)
         web_file = folder / f"{web_name(word)}{suffix}.safetensors"
@@ -2488,8 +2478,7 @@ def open_repository(model) -> str:
         account = api.whoami()["name"]
         repository = repository if "/" in repository else f"{account}/{repository}"
         api.create_repo(repository, private=args.hub_private_repo or None, exist_ok=True)
-        # The line above accepts any existing repository, whoever owns it. This first half of an upload needs the right
-        # to write; a text file's content would be sent with the second half, the commit.
+        # That accepts anyone's repository. The first half of an upload, which sends no text yet, needs the right to write.
         api.preupload_lfs_files(repository, [CommitOperationAdd("README.md", b"A text.")])
         private = api.model_info(repository).private
         card = {"repoType": "model", "content": f"---\n{card_data(model).to_yaml()}\n---\n"}
@@ -2508,7 +2497,7 @@ def open_repository(model) -> str:
 
 def card_data(model) -> ModelCardData:
     """The head of the model card, which the Hub's search and gallery read."""
-    args, base = model.args, model.args.pretrained_model_name_or_path
+    args, base, lora = model.args, model.args.pretrained_model_name_or_path, ["lora"] * bool(model.args.rank)
     if os.path.isfile(base):  # the model on the Hub that it is configured as
         config = args.single_file_config
         base = config if config and not os.path.exists(config) else model.single_file_base
@@ -2517,8 +2506,7 @@ def card_data(model) -> ModelCardData:
         base_model=None if os.path.exists(base) else base,
         license=args.license,
         instance_prompt=args.placeholder_token,
-        tags=["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags]
-        + ["lora"] * bool(args.rank),
+        tags=["text-to-image", "diffusers", "diffusers-training", "textual_inversion", *model.card_tags, *lora],
     )
 
 
@@ -2536,7 +2524,7 @@ def model_card(model, repository: str, widget: list[dict], derived: dict, snippe
         other_tools += use.format(name=stem, file=f"{stem}.safetensors", url=url)
     details = derived | {k: getattr(args, k) for k in (*METHOD_OPTIONS, "resolution")}
     table = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in details.items())
-    lora = f" and LoRA weights ([{LORA_FILE}]({LORA_FILE})) that were trained together with it" if args.rank else ""
+    lora = f" together with LoRA weights ([{LORA_FILE}]({LORA_FILE}))" if args.rank else ""
     return f"""---
 {data.to_yaml()}
 ---
@@ -2544,9 +2532,8 @@ def model_card(model, repository: str, widget: list[dict], derived: dict, snippe
 
 # {name}
 
-`{args.placeholder_token}` is a new word for {base}, learned by
-[Directional Textual Inversion](https://arxiv.org/abs/2512.13672). This repository holds the word's embedding{lora}; the model
-itself is as it was. Write `{args.placeholder_token}` where the prompt names the subject.
+Write `{args.placeholder_token}` where the prompt names the subject: it is a new word for {base}, learned{lora} by
+[Directional Textual Inversion](https://arxiv.org/abs/2512.13672). The model itself is as it was.
 
 ## Use it with diffusers
 
@@ -2559,11 +2546,9 @@ itself is as it was. Write `{args.placeholder_token}` where the prompt names the
 {other_tools}{model.web_note}
 ## Training
 
-| | |
+| [all options](training_options.json) | [curves](training_curves.png) |
 | --- | --- |
 {table}
-
-All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
 """
 
 
@@ -2591,19 +2576,15 @@ def share(model, repository: str, derived: dict, pictures: dict[str, list[Image.
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in files.items():
         write_file(folder / name, data)
+    message = f"{args.placeholder_token} after {args.max_train_steps} steps"
+    earlier = ["samples/*", *lora_files]  # an earlier push's, to be deleted
     try:
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            delete_patterns=["samples/*", *lora_files],  # an earlier push's
-            commit_message=f"{args.placeholder_token} after {args.max_train_steps} steps",
-        )
+        api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=earlier, commit_message=message)
     except Exception as error:  # as in open_repository
         private = " --private" if args.hub_private_repo else ""  # for a repository that has been deleted since
-        raise UserError(
-            f"--push_to_hub: {hub_problem(error, repository)}. Nothing is lost, all files are in {args.output_dir}. "
-            f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}{private}"
-        ) from None
+        later = f"To upload them later: hf upload {repository} {shlex.quote(str(folder))}{private}"
+        safe = f"Nothing is lost, all files are in {args.output_dir}. {later}"
+        raise UserError(f"--push_to_hub: {hub_problem(error, repository)}. {safe}") from None
     print(f"Uploaded to {api.endpoint}/{repository}")
 
 
@@ -2623,10 +2604,8 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> dict[str,
     latents = {prompt: model.sample_latents(prompt, negative, seed) for prompt in prompts}
     model.denoiser.train(dropout)
     # With --gradient_checkpointing, to save memory, the VAE is alone on the device.
-    with (
-        offload_models(*others, device="cpu", offload=args.gradient_checkpointing),
-        offload_models(model.vae, device=accelerator.device),
-    ):
+    others_away = offload_models(*others, device="cpu", offload=args.gradient_checkpointing)
+    with others_away, offload_models(model.vae, device=accelerator.device):
         pixels = {prompt: torch.cat([model.decode(x) for x in row]) for prompt, row in latents.items()}
     free_memory()
     pictures = {prompt: VaeImageProcessor().postprocess(x) for prompt, x in pixels.items()}
@@ -2634,11 +2613,10 @@ def validate(model, accelerator: Accelerator, seed: int, step: int) -> dict[str,
     path = args.output_dir / f"validation-{step}.png"
     write_file(path, encoded(labelled_grid(pictures), "png"))
     images = np.stack([np.asarray(image) for row in pictures.values() for image in row])
+    layouts = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # of the trackers that take images
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": images}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": list(images)}, step=step)
+        if tracker.name in layouts:
+            tracker.log_images({"validation": images}, step=step, **layouts[tracker.name])
     tqdm.write(f"Step {step}: {path}")
     return pictures
 
@@ -2658,18 +2636,15 @@ def thumbnail(picture: Image.Image) -> str:
 
 def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
     """One row of pictures for each label, with the label above it. Small pictures are enlarged."""
-    first = next(iter(rows.values()))
-    zoom = max(1, 192 // first[0].width)
-    width, height = first[0].width * zoom, first[0].height * zoom
-    bar = max(16, height // 16)
-    font = ImageFont.load_default(bar * 0.7)
-    grid = Image.new("RGB", (width * len(first), (height + bar) * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    for row, (label, images) in enumerate(rows.items()):
-        draw.text((4, row * (height + bar)), label, fill="black", font=font)
-        for column, image in enumerate(images):
-            grid.paste(image.resize((width, height), Image.NEAREST), (column * width, row * (height + bar) + bar))
-    return grid
+    labelled = []
+    for label, images in rows.items():
+        zoom = max(1, 192 // images[0].width)
+        row = make_image_grid([ImageOps.scale(image, zoom, Image.NEAREST) for image in images], 1, len(images))
+        bar = max(16, row.height // 16)
+        labelled.append(Image.new("RGB", (row.width, bar + row.height), "white"))
+        ImageDraw.Draw(labelled[-1]).text((4, 0), label, fill="black", font=ImageFont.load_default(bar * 0.7))
+        labelled[-1].paste(row, (0, bar))
+    return make_image_grid(labelled, len(labelled), 1)
 
 
 class History:
@@ -2690,13 +2665,12 @@ class History:
             entry[f"{name}/angle_to_initializer"] = angle(now, token.prior_mean).mean().item()
             entry[f"{name}/angle_since_last_log"] = angle(now, previous).mean().item()
             previous.copy_(now)
-            state = optimizer.state.get(token.parameter)  # asked by its key, a state would be made
-            if state is None:  # fp16's scaler has skipped every step so far
-                continue
-            gradient_norm = state["gradient_norm"].item()
-            entry[f"{name}/gradient_norm"] = gradient_norm
-            if kappa := optimizer.param_groups[0]["kappa"]:
-                entry[f"{name}/prior_share"] = kappa / max(gradient_norm, torch.finfo(torch.float32).tiny)
+            # None where fp16's scaler has skipped every step so far; asked by its key, a state would be made.
+            if state := optimizer.state.get(token.parameter):
+                gradient_norm = state["gradient_norm"].item()
+                entry[f"{name}/gradient_norm"] = gradient_norm
+                if kappa := optimizer.param_groups[0]["kappa"]:
+                    entry[f"{name}/prior_share"] = kappa / max(gradient_norm, torch.finfo(torch.float32).tiny)
         self.entries.append({"step": step, "seconds": time.perf_counter() - self.start_time, **entry})
         return entry
 
