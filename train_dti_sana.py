@@ -2549,9 +2549,11 @@ Write `{args.placeholder_token}` where the prompt names the subject: it is a new
 {other_tools}{model.web_note}
 ## Training
 
-| [all options](training_options.json) | [curves](training_curves.png) |
+| | |
 | --- | --- |
 {table}
+
+All options are in [training_options.json](training_options.json), the curves in [training_curves.png](training_curves.png).
 """
 
 
@@ -2872,7 +2874,8 @@ class Training:
         tensors |= {f"start.{i}": token.start for i, token in enumerate(self.tokens)}
         tensors |= {f"previous.{i}": rows for i, rows in enumerate(self.history.previous)}
         for i, token in enumerate(self.tokens):
-            tensors |= {f"optimizer.{i}.{name}": x for name, x in self.optimizer.state[token.parameter].items()}
+            state = self.optimizer.state.get(token.parameter, {})  # asked by its key, a state would be made
+            tensors |= {f"optimizer.{i}.{name}": x for name, x in state.items()}
         tensors |= self.adapters.tensors() if self.adapters else {}
         tensors["losses"] = self.mean_losses()
         schedule = self.lr_scheduler.state_dict()
@@ -2992,7 +2995,7 @@ def announce(model, derived: dict) -> None:
 # Copied from train_dti_sdxl.report_skipped
 def report_skipped(training: Training) -> None:
     """Warn about updates that were left out, if any."""
-    skipped = int(sum(state["skipped"] for state in training.optimizer.state.values()))
+    skipped = int(sum(state.get("skipped", 0) for state in training.optimizer.state.values()))
     if skipped:
         logger.warning(f"{skipped} updates of a vector were left out: its gradient was zero or not finite.")
     if training.overflows:

@@ -63,6 +63,16 @@ def test_a_log_before_the_first_step_that_fp16_lets_pass(loaded, tmp_path):
     assert Image.open(tmp_path / "curves.png").width > 500
 
 
+def test_a_run_of_which_fp16_has_skipped_every_step_is_saved_and_goes_on(train, monkeypatch):
+    step = script.RiemannianSGD.step
+    monkeypatch.setattr(script.RiemannianSGD, "step", lambda self, closure=None: None)
+    out = train(max_train_steps=2, checkpointing_steps=1)  # with a checkpoint before each entry of the log
+    before = embeddings(out)[0]
+    monkeypatch.setattr(script.RiemannianSGD, "step", step)
+    train(max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")
+    assert not torch.equal(before, embeddings(out)[0])
+
+
 # The command of the README, in processes of its own.
 
 
