@@ -2371,7 +2371,8 @@ def run_identity(args: argparse.Namespace, counts: Sequence[int], seed: int | No
     names = ("placeholder_token", "magnitude", "optimizer", "init", "kappa", "reg_weight")
     names += ("rank", "lora_alpha", "lora_target_modules")
     options = {name: getattr(args, name) for name in names} | {"model": model_name(args), "vectors": sum(counts)}
-    options |= {"further_word": args.further_word} if args.further_word else {}  # older checkpoints have none
+    more = ("further_word", "method")  # the second is examples/baselines.py's; older checkpoints have neither
+    options |= {name: value for name in more if (value := vars(args).get(name))}
     return options if seed is None else {**options, "seed": seed}
 
 
@@ -2419,8 +2420,9 @@ def choose_checkpoint(args: argparse.Namespace, counts: Sequence[int]) -> dict |
         if not found:
             raise UserError(f"{option} is damaged, and there is none before it: leave the option out to begin anew.")
     folder, step, saved = found[0]["folder"], found[0]["step"], found[0]["identity"]
-    identity = run_identity(args, counts, args.seed)  # without --seed, the checkpoint's is taken
-    differs = [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in identity.items() if v != saved.get(k)]
+    identity = {"seed": saved.get("seed"), **run_identity(args, counts, args.seed)}  # without --seed, the checkpoint's
+    pairs = {k: (saved.get(k), identity.get(k)) for k in {**saved, **identity}}
+    differs = [f"{k} {theirs!r}, not {ours!r}" for k, (theirs, ours) in pairs.items() if theirs != ours]
     if differs:
         raise UserError(f"{option}: {folder} is of another run: {'; '.join(differs)}.")
     if step > args.max_train_steps:

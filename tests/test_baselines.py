@@ -1,5 +1,6 @@
 """examples/baselines.py: P+, NeTI and CoRe, on the small random Stable Diffusion."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import rescale
 import torch
+import train_dti_sd
 from accelerate.state import AcceleratorState
 from export import Embedding, EmbeddingError, read_embedding
 from safetensors import safe_open
@@ -351,6 +353,19 @@ def test_a_resumed_network_goes_on_as_if_never_stopped(options, tmp_path):
     whole = run(output_dir=tmp_path / "whole", checkpointing_steps=2)
     parts = run(output_dir=tmp_path / "parts", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_run_of_another_method_is_not_gone_on_with(options, tmp_path):
+    run = {"checkpointing_steps": 1, "max_train_steps": 1, "output_dir": tmp_path / "out"}
+    core = options("core", **run)
+    ti = [*core[2:], "--magnitude=free", "--optimizer=adamw"]  # without --method
+    for (train, argv), (go_on, others) in itertools.permutations(((baselines.main, core), (train_dti_sd.main, ti))):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(argv)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(script.UserError, match="is of another run: method"):
+            go_on([*others, "--resume_from_checkpoint=latest"])
 
 
 def test_the_data_loss_falls(model):
