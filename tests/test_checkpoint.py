@@ -191,7 +191,9 @@ def test_a_limited_file_size_for_real(options, trainer, tmp_path):
     assert list(load_file(tmp_path / "out" / "learned_embeds.safetensors")) == ["<my-pot>"]
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_save_a_checkpoint_and_say_how_to_go_on(options, trainer, tmp_path, number, status):
     if trainer is train_dti_sana and number == signal.SIGINT:
         pytest.skip("the two scripts' handling is the same text")

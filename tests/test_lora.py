@@ -108,6 +108,7 @@ def test_in_half_precision_the_adapters_are_float32(train, trainer, models_seen)
     assert {rows.dtype for rows in load_file(out / FILE).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(launch, train, trainer, tmp_path):
     # So large an epsilon leaves AdamW the gradient's size; by its sign alone, rounding would decide where it is small.
     run = {"rank": 2, "lora_learning_rate": 1.0, "adam_epsilon": 1.0, "max_train_steps": 3}

@@ -80,6 +80,7 @@ def test_in_half_precision_too_every_subject_begins_at_the_rows_that_were_loaded
     assert results(tmp_path / "many" / "toy") == results(alone)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_subjects_and_one_tells_of_all(many, tmp_path):
     result = many("-m torch.distributed.run --standalone --nproc_per_node 2")
     assert result.returncode != 0 and "SIGTERM" not in result.stderr
