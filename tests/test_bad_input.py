@@ -483,7 +483,7 @@ ELSEWHERE = [
     ": to compile, add --compile; otherwise set it to no.",
     ": for several processes on CPUs set ACCELERATE_USE_CPU=true, otherwise start one.",
     "--resume_from_checkpoint: it began elsewhere, with another model or initializer.",
-    ". What was saved before is intact; make room and go on with --resume_from_checkpoint latest.",
+    " cannot be written: ",
     "--scale_lr multiplies --learning_rate, and a preset's is not to be multiplied: give one.",
     " is beyond --max_train_steps ",
     ", which holds others: move them or --output_dir.",
@@ -491,7 +491,6 @@ ELSEWHERE = [
     " Give another --hub_model_id or --output_dir.",
     " is public: make it private or give another --hub_model_id.",
     ": the Hub does not accept the model card: ",
-    ". Nothing is lost, all files are in ",
     ": TOML needs Python 3.11 or `pip install tomli`. YAML and JSON do not.",
     ", which is missing: take it from where this script is from.",
 ]
