@@ -163,3 +163,8 @@ def test_stable_diffusion_follows_prompts():
     verdicts = [measure.compare(scene, said, read) for (_, scene, _, said), read in zip(prompts, reads, strict=True)]
     right = [verdict[name] for verdict in verdicts for name in verdict]
     assert sum(right) / len(right) > 0.85
+
+
+def test_no_config_names_a_folder_of_the_computer_that_trained_it():
+    configs = [*MINIATURE.glob("*/*.json"), *MINIATURE.glob("*/*/config.json")]
+    assert len(configs) > 10 and not [path for path in configs if '_name_or_path": "/' in path.read_text("utf-8")]

@@ -149,6 +149,7 @@ def save_half(model, folder, quarter=()):
             p.data = p.data.to(torch.float8_e4m3fn)
     stored.save_pretrained(folder, safe_serialization=True)
     config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # a folder of this computer
     for key in {"dtype", "torch_dtype"} & set(config):
         # transformers loads in the dtype given here; half precision is only for storage.
         config[key] = "float32"
