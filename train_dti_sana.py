@@ -559,7 +559,7 @@ def check_further_words(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} is for one word: leave it out, or --further_word.")
     names = [web_name(args.placeholder_token), *(web_name(text.rpartition("=")[0]) for text in args.further_word)]
     for text, name in zip(args.further_word, names[1:], strict=True):
-        if re.fullmatch("hub|checkpoint-.*", name.lower()):
+        if name.lower() in ("hub", args.logging_dir.lower()) or name.lower().startswith("checkpoint-"):
             raise UserError(
                 f"--further_word {text!r}: --output_dir has a folder {name} of its own: choose another word."
             )

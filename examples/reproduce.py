@@ -68,13 +68,15 @@ SCRIPT = EXAMPLES.parent / "train_dti_sdxl.py"
 
 # fmt: off
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every comparison of trainings, shared with sweep.py."""
+    """Add the options of every comparison of trainings, shared with reproduce_sd.py and sweep.py."""
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="Output folder. A repeated run continues in it.")
     add("--models", type=Path, default=EXAMPLES / "miniature", help="Folder with the pipeline, siglip, dinov2 and classifiers.")
     add("--num_vectors", type=at_least(int, 1), default=4, help="Vectors per learned word, except in rows with one vector. A word of this world states one attribute; a subject has up to five.")
     add("--place_seed", type=at_least(int, 0), default=0, help="Seed that chooses the place of each concept's pictures.")
     add("--train_batch_size", type=at_least(int, 1), default=4, help="Paper: 4.")
+    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="Guidance scales, one evaluation each.")
+    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Seeds of the pictures of each prompt. Paper: four seeds.")
     add("--num_inference_steps", type=at_least(int, 1), default=25, help="Sampling steps of every picture.")
     add("--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="Precision for sampling, as in evaluate.py. Some processors multiply bf16 matrices far faster.")
     add("--jobs", type=at_least(int, 1), default=1 if torch.cuda.is_available() else os.cpu_count(), help="Parallel processes. Default: one per core, or one on a GPU.")
@@ -91,8 +93,6 @@ def command_line() -> argparse.ArgumentParser:
     add("--ablation_concepts", type=at_least(int, 0), default=4, help="Concepts for Table 3. 0: only Table 2.")
     add("--ablation_seeds", type=at_least(int, 1), default=2, help="Training seeds for Table 3.")
     add("--max_train_steps", type=at_least(int, 1), help="Steps of every run, for a trial. Default: each method's own.")
-    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="Guidance scales, one evaluation each.")
-    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Seeds of the pictures of each prompt. Paper: four seeds.")
     add("--prompts", default="world", help="Prompts, as in evaluate.py.")
     return parser
 # fmt: on
@@ -729,7 +729,7 @@ def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    keep_options(args, "max_train_steps", "train_batch_size", "num_vectors", "place_seed")
+    keep_options(args, "model", "max_train_steps", "train_batch_size", "num_vectors", "place_seed")
     runs = plan(args)
     write_words(runs, args)
     train_all(runs, args)

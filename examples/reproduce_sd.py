@@ -71,8 +71,6 @@ def command_line() -> argparse.ArgumentParser:
     add("--seeds", type=at_least(int, 1), default=2, help="Training seeds.")
     add("--one_vector_seeds", type=at_least(int, 0), default=1, help="Training seeds of the rows with one vector.")
     add("--max_train_steps", type=at_least(int, 1), help="Steps of every run, for a trial. Default: each method's own.")
-    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="Guidance scales, one table each.")
-    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Seeds of the pictures of each prompt.")
     add("--prompts", default="world", help="Prompts, as in evaluate.py.")
     return parser
 # fmt: on
@@ -150,7 +148,7 @@ def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Pa
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    keep_options(args, "max_train_steps", "train_batch_size", "num_vectors", "place_seed")
+    keep_options(args, "model", "max_train_steps", "train_batch_size", "num_vectors", "place_seed")
     runs = plan(args)
     write_words(runs, args)
     train_by_script(runs, args)

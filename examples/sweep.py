@@ -83,10 +83,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--variants", type=named_options, nargs="+", default=[("", "")], metavar="NAME=OPTIONS", help="Further options of the script as --OPTION=VALUE. Each variant is combined with every setting.")
     add("--concepts", type=at_least(int, 2), default=4)
     add("--seeds", type=at_least(int, 1), default=3, help="Training seeds.")
-    add("--guidance_scales", type=at_least(float, 0), nargs="+", default=[5.0, 1.5], help="Guidance scales, one report each.")
     add("--prompts", choices=["world", "world-half"], default="world", help="All 40 prompts of evaluate.py, or every second one.")
     add("--several_places", action="store_true", help="Place each picture elsewhere, instead of all in one place.")
-    add("--picture_seeds", type=at_least(int, 0), nargs="+", default=[0], help="Seeds of the pictures of each prompt.")
     return parser
 # fmt: on
 

@@ -187,7 +187,10 @@ def test_a_limited_file_size_for_real(options, trainer, tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert re.search(r"error: \S+training_curves.png cannot be written: File too large", result.stderr)
+    assert re.search(
+        r"error: \S+training_curves.png cannot be written: File too large. What was saved before is intact; make room",
+        result.stderr,
+    )
     assert list(load_file(tmp_path / "out" / "learned_embeds.safetensors")) == ["<my-pot>"]
 
 

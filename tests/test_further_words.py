@@ -117,6 +117,11 @@ def test_a_single_word_leaves_no_trace_of_the_option(train, small):
     "changes, captions, said",
     [
         ({"further_word": "<my-toy>"}, ["{}"], "--further_word '<my-toy>' is not WORD=CLASS"),
+        (
+            {"further_word": "<runs>=toy", "logging_dir": "runs"},
+            ["a {}"],
+            "has a folder runs of its own: choose another word",
+        ),
         ({"further_word": "checkpoint-2=toy"}, ["a {}"], "has a folder checkpoint-2 of its own: choose another word"),
         ({"further_word": "=toy"}, ["{}"], "--further_word '=toy' is not WORD=CLASS"),
         ({"further_word": "<my-pot>=toy"}, ["{}"], "another new word has the same file name"),

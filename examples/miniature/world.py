@@ -1026,15 +1026,23 @@ def parse_args(argv=None):
         parser.error("nothing to do: give --concept NAME, --compose SEED or --grid PNG")
     if wanted and not args.output_dir:
         parser.error("--concept and --compose need --output_dir")
-    if args.beside and (args.concept in (None, "all", args.beside) or not both_subjects(args.concept, args.beside)):
+    pair = {args.concept, args.beside}
+    if args.beside and (len(pair) < 2 or any(getattr(CONCEPTS.get(name), "subject", None) is None for name in pair)):
         parser.error(
             "--beside needs another concept as --concept, and two subjects, such as clown_fish and zebra_star"
         )
     return args
 
 
-def both_subjects(*names):
-    return all(CONCEPTS[name].subject is not None for name in names)
+def write_both(first, second, args):
+    """Write `pictures_of_both` with their captions in metadata.jsonl."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, (picture, text) in enumerate(pictures_of_both(first, second, args.count, args.place)):
+        picture.save(args.output_dir / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{args.output_dir}: {len(lines)} pictures with captions")
 
 
 def main(argv=None):
@@ -1042,14 +1050,7 @@ def main(argv=None):
     concepts = list(CONCEPTS.values()) if args.concept == "all" else [CONCEPTS[args.concept]] if args.concept else []
     concepts += [compose_concept(args.compose)] if args.compose is not None else []
     if args.beside:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        rows = pictures_of_both(concepts[0], CONCEPTS[args.beside], args.count, args.place)
-        for i, (picture, _) in enumerate(rows):
-            picture.save(args.output_dir / f"{i}.png")
-        lines = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, (_, text) in enumerate(rows)]
-        (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{args.output_dir}: {len(rows)} pictures with captions")
-        concepts = []
+        write_both(concepts.pop(0), CONCEPTS[args.beside], args)
     for concept in concepts:
         folder = args.output_dir / concept.name if args.concept == "all" else args.output_dir
         folder.mkdir(parents=True, exist_ok=True)
