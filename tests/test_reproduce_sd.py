@@ -42,7 +42,8 @@ def test_a_folder_without_stable_diffusion_is_refused(miniature_models, tmp_path
 
 def test_a_folder_with_runs_of_another_model_is_refused(miniature_models, tmp_path, monkeypatch):
     argv = ["--models", str(miniature_models), "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(reproduce, "plan", lambda args: 1 / 0)  # behind the check
+    for module in (reproduce, reproduce_sd):
+        monkeypatch.setattr(module, "plan", lambda args: 1 / 0)  # behind the check
     with pytest.raises(ZeroDivisionError):
         reproduce.main(argv)
     with pytest.raises(UserError, match="--model sd: the runs in .* had sdxl"):
