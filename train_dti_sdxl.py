@@ -539,6 +539,12 @@ def check_further_words(args: argparse.Namespace) -> None:
             )
         if [other.lower() for other in names].count(name.lower()) > 1:
             raise UserError(f"--further_word {text!r}: another new word has the same file name: choose another.")
+    for part, whole in itertools.permutations(new_words(args), 2):
+        if part in whole:
+            raise UserError(
+                f"--further_word: {part!r} is a part of {whole!r}, where pipelines would replace it: "
+                "choose another word, such as <my-cat>."
+            )
     for word in list(new_words(args))[1:]:
         check_output_dir(word_folder(word, args))
 

@@ -259,6 +259,7 @@ CASES = [
     ({"further_word": "<my-toy>=toy"}, "--further_word '<my-toy>=toy' needs captions"),
     ({"further_word": "<hub>=toy"}, "--further_word '<hub>=toy': --output_dir has a folder hub of its own"),
     ({"further_word": "my-pot=toy"}, "--further_word 'my-pot=toy': another new word has the same file name"),
+    ({"further_word": "<my-pot>2=toy"}, "--further_word: '<my-pot>' is a part of '<my-pot>2'"),
     ({"further_word": "<my-toy>=toy", "init_embedding": "@none"}, "--init_embedding is for one word"),
     (
         {"instance_data_dir": "@captioned", "further_word": "<my-toy>=toy"},

@@ -126,6 +126,8 @@ def test_a_single_word_leaves_no_trace_of_the_option(train, small):
         ({"further_word": "=toy"}, ["{}"], "--further_word '=toy' is not WORD=CLASS"),
         ({"further_word": "<my-pot>=toy"}, ["{}"], "another new word has the same file name"),
         ({"further_word": "my-POT=toy"}, ["{}"], "another new word has the same file name"),
+        ({"further_word": "<my-pot>2=toy"}, ["{}"], "'<my-pot>' is a part of '<my-pot>2'"),
+        ({"placeholder_token": "my-pot2", "further_word": "my-pot=toy"}, ["{}"], "'my-pot' is a part of 'my-pot2'"),
         ({"further_word": "dog=dog"}, ["a dog, {}"], "--further_word 'dog': 'dog' is in the vocabulary"),
         (
             {"further_word": "<my-toy>=茶壺"},
