@@ -1996,7 +1996,7 @@ OneTrainer reads the LoRA weights from [`{file}`]({url}), SD.Next as diffusers d
     # those that its authors' launchers run with, whose rates --scale_lr has multiplied by their batch of 4.
     presets = {
         "default": {"rsgd": (250, 0.08, "linear", "mean")},
-        "fast": {"rsgd": (125, 0.16, "linear", "2mean")},
+        "fast": {"rsgd": (125, 0.16, "linear", "mean")},
         "paper": {"rsgd": (1000, 0.02, "constant", "mean"), "adamw": (500, 5e-3, "constant", "mean")},
         "released": {"rsgd": (500, 0.04, "constant", "mean"), "adamw": (500, 0.02, "constant", "mean")},
     }
