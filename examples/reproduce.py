@@ -12,8 +12,9 @@ steps. Runs share the processor's cores (`--jobs`) or take turns on a GPU. A rep
 can be stopped and restarted at any time.
 
 Written to --output_dir: `report.md` with the tables beside the paper's and a comparison of each of its orderings,
-`report.json`, plots (image against text score, both scores over the steps, and over the norm), sheets of pictures,
-`runs/<concept>/<method>-<seed>` and `evaluations/<setting>/<concept>` with contact sheets.
+`report.json`, `scores.csv` with a row for each evaluated embedding, plots (image against text score, both scores over the
+steps, and over the norm), sheets of pictures, `runs/<concept>/<method>-<seed>` and `evaluations/<setting>/<concept>` with
+contact sheets.
 
 Sections: 1 options, 2 methods and the paper's results, 3 training, 4 evaluation, 5 report, 6 main.
 """
@@ -23,6 +24,7 @@ import csv
 import datetime
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -38,7 +40,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from evaluate import MEASURES, cell, draw_scatter, interval, miniature, statistics
+from evaluate import MEASURES, averages, cell, draw_scatter, interval, miniature, statistics
 from export import (
     ENCODERS,
     Embedding,
@@ -488,7 +490,7 @@ RESCALED = {method.of: method.name for method in METHODS if method.of}
 
 
 def evaluate_all(runs: list[Run], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """Evaluate all runs. Returns the pictures' records by setting, labelled with the method instead of the run."""
+    """Evaluate all runs. Returns the pictures' records by setting, each with its method and the training's seed (`run`)."""
     tasks = []
     for setting in settings_of(args):
         chosen = [item for item in runs if embeddings_of(setting, item, args)]
@@ -501,6 +503,7 @@ def evaluate_all(runs: list[Run], args: argparse.Namespace) -> dict[str, list[di
         for record in report["records"]:
             method, _, rest = record["method"].partition(" #")
             record["method"] = RESCALED[method] if rest.endswith("-rescaled") else method
+            record["run"] = int(rest.removesuffix("-rescaled"))
             record["file"] = evaluation_folder(setting, concept, args) / record["file"]
             records.setdefault(setting.name, []).append(record)
     return records
@@ -520,6 +523,18 @@ def concept_means(records: list[dict], method: str, measure: str) -> dict[str, f
         if record["method"] == method and measure in record:
             values.setdefault(record["subject"], []).append(record[measure])
     return {subject: sum(v) / len(v) for subject, v in values.items()}
+
+
+def scores_by_run(records: dict[str, list[dict]]) -> bytes:
+    """Each evaluated embedding's mean scores over its pictures in every setting, as a CSV table."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["setting", "method", "concept", "seed", *SHOWN])
+    for setting, mine in records.items():
+        means = [averages(mine, measure, "method", "subject", "run") for measure in SHOWN]
+        for key in dict.fromkeys(itertools.chain(*means)):
+            writer.writerow([setting, *key, *(f"{mean[key]:.4f}" if key in mean else "" for mean in means)])
+    return table.getvalue().encode()
 
 
 def paired(records: list[dict], measure: str, above: str, below: str) -> dict | None:
@@ -718,6 +733,7 @@ def write_report(records: dict[str, list[dict]], runs: list[Run], args: argparse
     curves_by_name = {name: [asdict(curve) for curve in some] for name, some in points.items()}
     content = json.dumps({"facts": facts, "orderings": found, "curves": curves_by_name}, indent=1) + "\n"
     files |= {"report.md": "\n".join(parts).encode(), "report.json": content.encode()}
+    files |= {"scores.csv": scores_by_run(records)}
     write_files({args.output_dir / name: data for name, data in files.items()})
     return args.output_dir / "report.md"
 

@@ -9,7 +9,8 @@ method. A word has four vectors. P+ has one for each cross-attention layer inste
 layer and timestep; so TI and DTI also have rows with a single vector. A repeated run skips finished work.
 
 Written to --output_dir: `report.md` with the table beside the paper's, and DTI's differences from every rival, `report.json`,
-sheets of pictures, `runs/<concept>/<method>-<seed>` and `evaluations/<setting>/<concept>`.
+`scores.csv` with a row for each evaluated embedding, sheets of pictures, `runs/<concept>/<method>-<seed>` and
+`evaluations/<setting>/<concept>`.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from reproduce import (
     facts_of,
     keep_options,
     paired,
+    scores_by_run,
     subjects,
     table,
     train_all,
@@ -142,6 +144,7 @@ def write_report(records: dict[str, list[dict]], args: argparse.Namespace) -> Pa
             files[f"sheet-{concept}-{name}.png"] = draw_sheet(mine, concept, SHOWN)
     content = json.dumps({"facts": facts, "differences": found}, indent=1) + "\n"
     files |= {"report.md": "\n".join(parts).encode(), "report.json": content.encode()}
+    files |= {"scores.csv": scores_by_run(records)}
     write_files({args.output_dir / name: data for name, data in files.items()})
     return args.output_dir / "report.md"
 

@@ -11,7 +11,7 @@ scores the subject by the image score, and the prompts by the share of correct a
 it is better in one score and not worse in the other. A repeated run skips finished work, so a coarse sweep can be refined.
 
 Written to --output_dir: `report.md` and `report.json` with every setting's scores, the number of TI's points that it dominates
-and the number that dominate it, and `front-*.png`.
+and the number that dominate it, `scores.csv` with a row for each evaluated embedding, and `front-*.png`.
 
 Sections: 1 options, 2 settings, 3 report, 4 main.
 """
@@ -40,6 +40,7 @@ from reproduce import (
     evaluate_all,
     facts_of,
     keep_options,
+    scores_by_run,
     subjects,
     train_all,
 )
@@ -204,6 +205,7 @@ def write_report(records: dict[str, list[dict]], settings: list[Method], args: a
     files = {f"front-{scale}.png": draw_front(rows, curves) for scale, rows in by_scale.items()}
     content = json.dumps({"facts": facts, "settings": by_scale}, indent=1) + "\n"
     files |= {"report.md": ("\n".join(parts) + "\n").encode(), "report.json": content.encode()}
+    files |= {"scores.csv": scores_by_run(records)}
     write_files({args.output_dir / name: data for name, data in files.items()})
     return args.output_dir / "report.md"
 

@@ -1,5 +1,7 @@
 """examples/reproduce.py: which runs it starts, what it makes of their records, and, in the slow test, the whole of it."""
 
+import csv
+import io
 import json
 from dataclasses import replace
 
@@ -106,6 +108,18 @@ def test_a_difference_is_paired_by_concept_and_says_what_is_decided():
     assert reproduce.verdict(reproduce.paired(noisy, "text", "DTI", "TI")) == "undecided"
 
 
+def test_the_scores_of_every_run_are_kept():
+    """From them a reader has every mean of the report again, and its difference from any other run's."""
+    some = [r | {"run": run, "said": 1.0} for run in (0, 1) for r in records("DTI", {"star": [0.9 - run, 0.7 - run]})]
+    some += [r | {"run": 0} for r in records("TI, one vector", {"star": [0.1, 0.2]})]
+    rows = list(csv.DictReader(io.StringIO(reproduce.scores_by_run({"guidance-5": some}).decode())))
+    assert [(r["setting"], r["method"], r["concept"], r["seed"], r["text"], r["said"]) for r in rows] == [
+        ("guidance-5", "DTI", "star", "0", "0.8000", "1.0000"),
+        ("guidance-5", "DTI", "star", "1", "-0.2000", "1.0000"),
+        ("guidance-5", "TI, one vector", "star", "0", "0.1500", ""),
+    ]
+
+
 def test_what_is_missing_is_said_at_once(tmp_path, miniature_models):
     with pytest.raises(UserError, match="has no sdxl/model_index.json"):
         options(tmp_path / "nowhere", tmp_path)
@@ -155,6 +169,16 @@ def test_the_whole_of_it_and_again(miniature_models, tmp_path, monkeypatch):
         [1, 2],
         [2],
     ]  # TI on the way, DTI at its end
+
+    # Two seeds of each row of Table 2, one of the others; from them the report's differences can be computed.
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "scores.csv").read_text())))
+    rows = [row for row in rows if row["setting"] == "guidance-5"]
+    count = {
+        name: sum(row["method"] == name for row in rows) for name in ("TI", "TI-rescaled", "DTI", "AdamW", "TI @1")
+    }
+    assert count == {"TI": 4, "TI-rescaled": 4, "DTI": 4, "AdamW": 2, "TI @1": 2}
+    mean = {name: np.mean([float(r["text"]) for r in rows if r["method"] == name]) for name in ("DTI", "TI")}
+    assert mean["DTI"] - mean["TI"] == pytest.approx(found["orderings"]["guidance-5"][0]["score"]["mean"], abs=2e-4)
 
     # A method that is rescaled has other pictures than the one that it is of; and nothing is trained twice.
     folder = tmp_path / "out" / "evaluations" / "guidance-5" / "zebra_star"
