@@ -124,6 +124,13 @@ def test_the_rows_of_the_papers_tables(train, small, flags, norm):
         assert rows.norm().item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("preset", ["fast", "released", None])
+def test_every_preset_keeps_the_mean_norm(train, small, preset):
+    """SDXL's default and fast take twice the mean, of which the small SANA learned no more."""
+    rows = embedding(train(preset=preset, max_train_steps=1))
+    assert rows.norm().item() == pytest.approx(norms(small).mean().item(), rel=1e-6)
+
+
 def test_the_seed_decides_everything(train, tmp_path):
     first, again, other = (embedding(train(seed=seed, output_dir=tmp_path / str(i))) for i, seed in enumerate("005"))
     assert torch.equal(first, again) and not torch.equal(first, other)
