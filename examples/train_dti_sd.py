@@ -46,10 +46,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_dti_sdxl import (  # noqa: E402
     LORA_FILE,
     StableDiffusionXL,
-    UserError,  # noqa: F401  train_many.py uses this name and the next one
+    UserError,  # noqa: F401  train_many.py uses this name and `interruption`
+    check_options,  # noqa: F401  sweep.py uses this name and `parse_args`
     interruption,  # noqa: F401
     model_name,
     number,
+    parse_args,  # noqa: F401
     printed_options,
     run,
 )

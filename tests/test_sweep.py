@@ -40,6 +40,8 @@ def test_every_setting_is_one_that_the_script_understands(options):
         ("--variants|batch 8=--train_batch_size 8", "is not NAME=OPTIONS"),
         ("--schedules|square", "--lr_scheduler: invalid choice: 'square'"),
         ("--variants|beta=--adam_beta1=2", "--adam_beta1 2 must be below 1"),
+        ("--model|sana|--variants|beta=--adam_beta1=2", "--adam_beta1 2 must be below 1"),
+        ("--model|sd|--variants|beta=--adam_beta1=2", "--adam_beta1 2 must be below 1"),
         ("--concepts|11", "the world has 10 subjects"),
     ],
 )
